@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from support.disks import MIB
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.temporary import Temporary, remove_stale, temporary_name
 from vmconv.cli.main import main
-from vmconv.errors import AccessError, BackendError, ImageError, ReadError
+from vmconv.errors import AccessError, BackendError, ImageError, PluginError, ReadError
 from vmconv.io import discovery, locks
 from vmconv.io.directory import Directory
 from vmconv.io.opener import Opener
@@ -289,6 +290,17 @@ def test_a_directory_of_plugins_that_cannot_be_listed_is_an_error(monkeypatch: p
 def test_a_missing_path_has_no_plugins(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "listdir", failing(number))
     assert discovery.entry_points("vmconv") == []
+
+
+def test_the_version_is_that_of_importlib_metadata() -> None:
+    for name in ("vmconv", "vmconv-raw", "numpy", "cryptography"):
+        assert discovery.version(name) == metadata.version(name)
+    assert discovery.version("VMCONV_raw") == metadata.version("vmconv-raw")
+
+
+def test_a_distribution_that_is_not_installed_has_no_version() -> None:
+    with pytest.raises(PluginError, match="distribution 'vmconv-none' is not installed"):
+        discovery.version("vmconv-none")
 
 
 @pytest.mark.parametrize(("number", "found"), [(errno.EACCES, True), (errno.ENOENT, True), (errno.EMFILE, False)])

@@ -14,6 +14,7 @@ from vmconv_fleet.catalogue import joining
 from vmconv_fleet.replication import merging
 from vmconv_fleet.replication.records import Record
 from vmconv_fleet.replication.replica import Replica
+from vmconv_fleet.replication.requests import Requests
 
 _Rule = Callable[[Record, Record], Record]
 _JOB = {"state": "queued"}
@@ -109,4 +110,13 @@ def overridden_too_many() -> Iterator[None]:
     original = merging.overridden
 
     with patch.object(merging, "overridden", lambda replica, strays, parted, join: original(replica, strays, 0, join)):
+        yield
+
+
+@mutation(
+    "a merge forgets what the other history has executed and deleted",
+    test_forks.test_a_request_that_the_other_history_has_executed_and_forgotten_is_not_executed_again,
+)
+def forgotten_by_a_merge() -> Iterator[None]:
+    with patch.object(Requests, "remember_answered", lambda self, records: None):
         yield

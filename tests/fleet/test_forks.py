@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -27,7 +28,8 @@ from vmconv_fleet.replication import epochs, merging, messages, records, strays
 from vmconv_fleet.replication.merging import merge
 from vmconv_fleet.replication.messages import Notice
 from vmconv_fleet.replication.records import Change, Record, decode, encode, seal
-from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome, response_id
+from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome, Requests, response_id
+from vmconv_fleet.replication.retention import DAY_MS, Keep, Retention
 from vmconv_fleet.testing import PATIENCE, Lab
 from vmconv_fleet.trust.roles import rights_of
 
@@ -895,3 +897,132 @@ def test_a_database_of_an_earlier_revision_keeps_its_strays(theft: Theft) -> Non
     assert again.all() == known != []
     again.keep(known)
     assert again.all() == known
+
+
+def _prune(fleet: Fleet, machine: Machine, requests: Requests) -> None:
+    """Lets a node delete all but its last transaction, and the responses to withdrawn requests."""
+    fleet.flow(100)
+    with patch("vmconv_fleet.replication.requests.KEPT_MS", 0):
+        fleet.send(machine, requests.clean())
+    fleet.flow(500)
+
+
+@contextmanager
+def _without_pages(machine: Machine, owner: Machine) -> Iterator[None]:
+    """Loses the records of an owner on their way to a machine."""
+    received = machine.replica.received
+
+    def lossy(peer: str, message: bytes) -> list[messages.Send]:
+        found = messages.decode(message)
+        return [] if isinstance(found, messages.Page) and found.owner == owner.id else received(peer, message)
+
+    with patch.object(machine.replica, "received", lossy):
+        yield
+
+
+FEW = Retention(keep=lambda _view: Keep(DAY_MS, 1))
+
+
+def _pruned(withdrawn: str) -> tuple[Fleet, Machine, Machine, Machine]:
+    """Returns a forked node, its requester, and a member that has not heard of a withdrawal.
+
+    The other history of the node has executed the request `done`, and has deleted its transaction, and its response if
+    the request is withdrawn. The node knows it, but not the withdrawal.
+    """
+    fleet, one, other = pair()
+    third = fleet.add(2)
+    requests = one.handle(HANDLERS, retention=FEW)
+    other.handle({})
+    fleet.link(other, third)
+    fleet.flow(1000)
+    old = copy_of(one.disk)
+    fleet.cut(one, other)
+    _ask(fleet, other, one, "done")
+    fleet.flow(1000)
+    fleet.cut(other, third)
+    fleet.link(one, other)
+    _ask(fleet, other, one, "last")
+    fleet.flow(1000)
+    assert [record.body["request"] for record in other.replica.store.find("transaction", one.id)] == ["done", "last"]
+    assert other.requests is not None
+    fleet.send(other, other.requests.withdraw(withdrawn))
+    fleet.flow(500)
+    _prune(fleet, one, requests)
+    assert [record.body["request"] for record in other.replica.store.find("transaction", one.id)] == ["last"]
+    fleet.cut(one, other)
+    again = fleet.add(0, disk=old)
+    again.handle(HANDLERS, retention=FEW)
+    again.offset = 1000
+    fleet.flow(500)
+    again.write("thing", "mine", {"value": 1})
+    fleet.link(other, third)
+    with _without_pages(third, other):
+        fleet.flow_until(lambda: third.replica.store.position(one.id) == other.replica.store.position(one.id))
+    fleet.cut(other, third)
+    assert third.body(other, "request", "done")
+    fleet.link(again, third)
+    with _without_pages(again, other):
+        fleet.flow_until(lambda: _forked(again, third))
+    fleet.flow(5000)
+    again.replica.excuse([other.id], alone=False)
+    return fleet, again, other, third
+
+
+def test_a_request_that_the_other_history_has_executed_and_forgotten_is_not_executed_again() -> None:
+    """Neither its transaction nor its response is left, and the request seems to wait."""
+    fleet, again, other, third = _pruned("done")
+    assert again.body(other, "request", "done")
+    assert again.requests is not None
+    fleet.send(again, merge(again.replica, again.requests, None, join).sends)
+    fleet.flow(1000)
+    assert again.replica.serving
+    assert [one.body["request"] for one in third.replica.store.find("transaction", again.id)] == ["last"]
+    answer = again.body(again, "response", response_id(other.id, "done"))
+    assert answer
+    assert not answer["ok"]
+    assert answer["reason"] == "request done was answered before, and the answer is deleted: use a new id"
+    fleet.link(again, other)
+    fleet.flow(3000)
+    _ask(fleet, other, again, "next")
+    fleet.flow(1000)
+    done = [one.body["request"] for one in other.replica.store.find("transaction", again.id)]
+    assert done == ["last", "next"]
+
+
+def test_an_id_whose_transaction_the_other_history_has_deleted_is_not_executed_again() -> None:
+    fleet, again, other, _ = _pruned("none")
+    requests = again.requests
+    assert requests is not None
+    fleet.send(again, merge(again.replica, requests, None, join).sends)
+    fleet.link(again, other)
+    fleet.flow(3000)
+    answer = other.body(again, "response", response_id(other.id, "done"))
+    assert answer
+    assert answer["ok"]
+    assert other.requests is not None
+    fleet.send(other, other.requests.withdraw("done"))
+    fleet.flow(500)
+    _prune(fleet, again, requests)
+    assert other.body(again, "response", response_id(other.id, "done")) is None
+    _ask(fleet, other, again, "done")
+    fleet.flow(1000)
+    assert [one.body["request"] for one in other.replica.store.find("transaction", again.id)] == ["last"]
+    answer = other.body(again, "response", response_id(other.id, "done"))
+    assert answer
+    assert "was answered before" in answer["reason"]
+
+
+def test_a_node_without_its_database_does_not_execute_again_what_it_has_answered_and_deleted() -> None:
+    """A member has its deletions, and a request whose withdrawal it has not heard of."""
+    fleet, again, other, third = _pruned("done")
+    fleet.cut(again, third)
+    new = fleet.add(0)
+    new.handle(HANDLERS)
+    fleet.link(new, third)
+    fleet.flow(3000)
+    new.replica.excuse([other.id], alone=False)
+    assert new.requests is not None
+    fleet.send(new, merge(new.replica, new.requests, None, join).sends)
+    fleet.flow(3000)
+    assert [one.body["request"] for one in third.replica.store.find("transaction", new.id)] == ["last"]
+    assert (new.body(new, "response", response_id(other.id, "done")) or {"ok": None})["ok"] is False

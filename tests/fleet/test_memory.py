@@ -18,7 +18,8 @@ from vmconv_fleet.testing import PATIENCE, Driven, Lab, wait_until
 
 HEAVY = (
     *("anyio", "asyncio", "authlib", "fastapi", "jinja2", "numpy", "prometheus_client", "pydantic", "starlette"),
-    *("ssl", "tarfile", "uvicorn", "vmconv.io", "vmconv_fleet.api", "vmconv_fleet.catalogue.inspection"),
+    *("importlib.metadata", "ssl", "tarfile", "uvicorn", "vmconv.io.registry", "vmconv_fleet.api", "zipfile"),
+    *("bz2", "lzma", "shutil", "vmconv_fleet.catalogue.inspection"),
     *(
         "vmconv_fleet.catalogue.kinds",
         "vmconv_fleet.console",
@@ -26,7 +27,7 @@ HEAVY = (
         "vmconv_fleet.oidc.provider",
     ),
 )
-"""Modules of more than a megabyte, with all that they import."""
+"""Modules that take much memory with all that they import, mostly more than a megabyte."""
 
 
 def test_a_node_at_rest_has_imported_nothing_heavy(lab: Lab, drive: Callable[..., Driven], tmp_path: Path) -> None:

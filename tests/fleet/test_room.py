@@ -45,6 +45,32 @@ def test_it_waits_until_there_is_room(tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT])
+def test_a_filesystem_without_nameless_files_is_asked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real, flags_seen = os.open, []
+
+    def without(path: str, flags: int, *rest: int, **more: int) -> int:
+        flags_seen.append(flags & os.O_TMPFILE == os.O_TMPFILE)
+        if flags_seen[-1]:
+            raise OSError(number, os.strerror(number))
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", without)
+    assert wait_for_room(str(tmp_path), no_event)
+    assert (flags_seen[0], flags_seen[-1]) == (True, False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_inode_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise FULL
+
+    monkeypatch.setattr(os, "open", fails)
+    assert not wait_for_room(str(tmp_path), lambda _timeout: signal.SIGTERM)
+
+
 def test_a_signal_ends_the_wait_and_a_reload_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, *[FULL] * 9)
     events = [signal.SIGHUP, signal.SIGTERM]

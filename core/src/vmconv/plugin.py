@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     )
     from vmconv.io.decompressing import Decompressed, compression_of, decoded_head
     from vmconv.io.directory import Directory
+    from vmconv.io.discovery import version
     from vmconv.io.foreign import described_beside
     from vmconv.io.known import RAM_NAME, RAW_NAME, qemu_name
     from vmconv.io.opener import MAX_CHAIN_DEPTH, Opener
@@ -250,6 +251,7 @@ _HOMES = {
     "table_slices": "fields",
     "text_of": "model.paths",
     "to_windows": "model.paths",
+    "version": "io.discovery",
     "warn": "errors",
 }
 
@@ -393,6 +395,7 @@ __all__ = [
     "table_slices",
     "text_of",
     "to_windows",
+    "version",
     "warn",
 ]
 

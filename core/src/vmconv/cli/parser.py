@@ -67,6 +67,6 @@ class _Version(str):
         return super().__new__(cls, "%(prog)s")
 
     def __mod__(self, values: object) -> str:
-        from importlib.metadata import version
+        from vmconv.io.discovery import version
 
         return f"vmconv {version('vmconv')}"

@@ -395,7 +395,7 @@ def _backend(found: Any) -> Body:
 
 
 def _capabilities(registry: Registry) -> Body:
-    from importlib.metadata import version
+    from vmconv.plugin import version
 
     formats = {
         name: {"title": one.title, "reads": one.can_read, "writes": one.can_write}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +38,13 @@ _LOOK_AT_CLOCK = 30.0
 _WORKER_STEP = 0.05
 
 
+def _remove(directory: str) -> None:
+    # With two compression libraries; few starts need it.
+    from shutil import rmtree
+
+    rmtree(directory, ignore_errors=True)
+
+
 class JobRunner:
     """Runs the node's jobs; `directory` is the node's own."""
 
@@ -58,8 +64,9 @@ class JobRunner:
 
     def start(self) -> None:
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        # The times in them are those of this start of the machine.
-        shutil.rmtree(bandwidth_directory(self._directory), ignore_errors=True)
+        if os.path.exists(bandwidth := bandwidth_directory(self._directory)):
+            # The times in it are those of an earlier start of the machine, maybe.
+            _remove(bandwidth)
         self._unsubscribe = self._service.subscribe(self._notice)
         self.thread.start()
 

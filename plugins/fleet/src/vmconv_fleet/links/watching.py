@@ -52,7 +52,8 @@ class Watch:
         self.thread.join(10)
 
     def _run(self, works: Callable[[], None]) -> None:
-        due = 0.0
+        # Zenoh has time to link with the seeds: most of them need no probe.
+        due = time.monotonic() + INTERVAL
         while not self._ended.wait(DIAL_INTERVAL):
             self.dial()
             if time.monotonic() >= due:

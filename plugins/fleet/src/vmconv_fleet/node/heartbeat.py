@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vmconv_fleet.config import NodeConfig
@@ -31,6 +30,9 @@ SCHEMA = 4
 
 def node_record(config: NodeConfig, api_port: int | None, authority: list[str], started_ms: int) -> Change:
     """Returns the record of the node itself; `authority` are the addresses of its service for joining, if it runs."""
+    # `importlib.metadata` would take three megabytes of memory.
+    from vmconv.plugin import version
+
     host = config.api.rpartition(":")[0]
     body: dict[str, Any] = {
         "name": config.name,

@@ -6,8 +6,8 @@ import errno
 import logging
 import os
 import signal
-import tempfile
 from collections.abc import Callable
+from typing import IO
 
 from vmconv.plugin import os_errors
 
@@ -37,10 +37,23 @@ def _has_room(directory: str) -> bool:
     """Asks by allocating: quotas and inodes count too."""
     with os_errors(directory):
         try:
-            with tempfile.TemporaryFile(dir=directory) as file:
+            with _temporary(directory) as file:
                 os.posix_fallocate(file.fileno(), 0, ROOM)
         except OSError as exc:
             if exc.errno not in _NO_ROOM:
                 raise
             return False
     return True
+
+
+def _temporary(directory: str) -> IO[bytes]:
+    """Returns a file without a name."""
+    try:
+        return open(os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), "r+b", buffering=0)
+    except OSError as exc:
+        if exc.errno in _NO_ROOM:
+            raise
+    # For filesystems without such files, such as NFS; the module imports two compression libraries.
+    from tempfile import TemporaryFile
+
+    return TemporaryFile(dir=directory)

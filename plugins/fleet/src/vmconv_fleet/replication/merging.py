@@ -64,7 +64,10 @@ def merge(replica: Replica, requests: Requests, path: str | None, join: Join = l
         # A node that was forked when it recovered has not executed any request since.
         requests.remember_recovered()
         lost = list(overridden(replica, strays, parted, join))
-        return Merge([*replica.merge(strays), *adopt(replica, strays, requests.next_number(), join)], lost)
+        sends = [*replica.merge(strays), *adopt(replica, strays, requests.next_number(), join)]
+        # The other history may have deleted their transactions, because they were old or too many.
+        requests.remember_answered(strays)
+        return Merge(sends, lost)
 
 
 def _refuse_forgotten(replica: Replica, strays: Sequence[Record]) -> int:

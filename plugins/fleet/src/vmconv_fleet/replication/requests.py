@@ -45,6 +45,9 @@ _HORIZON = "executed-horizon"
 Not a clock: one that was wrong for an hour would make this node refuse what it has not executed.
 """
 
+UNKNOWN = 0
+"""The number of a transaction that is deleted, of a request whose answer is known or was deleted too."""
+
 _AHEAD = "the clock of this node is ahead of all its neighbours': it deletes no old records until that is over"
 
 MAX_REASON = 1000
@@ -266,7 +269,20 @@ class Requests:
                 done = executed(record)
                 if done is not None:
                     self._store.note_executed(done[0], int(record.id), record.clock, done[1])
+            self.remember_answered(self._store.find("response", self._replica.node))
+            self.remember_answered(self._store.deletions(self._replica.node))
             self._store.save("recovered", 0)
+
+    def remember_answered(self, records: Iterable[Record]) -> None:
+        """Notes the requests that responses say to be executed and whose transactions are deleted.
+
+        A deleted response may have been a refusal: then the request, which is over as well, is refused again.
+        """
+        for record in records:
+            is_over = record.kind == "response" and (record.deleted or record.body.get("ok") is True)
+            if is_over and self._store.executed(record.id) is None:
+                requester = record.id.rpartition(".")[2]
+                self._store.note_executed(record.id, UNKNOWN, record.clock, self._store.position(requester))
 
     def _execute(self, record: Record) -> list[Send]:
         response = response_id(record.owner, record.id)
@@ -274,6 +290,9 @@ class Requests:
         if self._store.get(node, "response", response) is not None:
             return []
         number = self._store.executed(response)
+        if number == UNKNOWN:
+            reason = f"request {record.id} was answered before, and the answer is deleted: use a new id"
+            return self._respond(record, {"ok": False, "reason": reason})
         if number is not None and record.position != self._store.executed_at(response) != START:
             reason = f"request {record.id} was executed before, as transaction {number}: use a new id"
             return self._respond(record, {"ok": False, "reason": reason})

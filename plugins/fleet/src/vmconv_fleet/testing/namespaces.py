@@ -10,7 +10,6 @@ A partition moves cables to other bridges; nothing is sent to addresses outside 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Sequence
 
@@ -21,7 +20,9 @@ def why_no_namespaces() -> str | None:
     """Returns why this process cannot create network namespaces; None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if shutil.which("ip") is None:
+    from shutil import which
+
+    if which("ip") is None:
         return "ip (iproute2) is not installed"
     name = f"vmfleet{os.getpid()}t"
     done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)

@@ -12,7 +12,6 @@ import datetime
 import os
 import random
 import secrets
-import shutil
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -87,6 +86,9 @@ def install(directory: str, keys: Keys, certificate: bytes) -> None:
         os.replace(temporary, link)
         for other in os.listdir(directory):
             if other.startswith("identity.") and other != name:
+                # With two compression libraries; a node at rest needs none.
+                import shutil
+
                 with contextlib.suppress(OSError):
                     shutil.rmtree(os.path.join(directory, other))
 
