@@ -32,7 +32,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from vmconv.errors import BackendError, UsageError
+from vmconv.errors import BackendError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from vmconv.conversion.containers import new_name
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vmconv.interface.format import CheckReport
     from vmconv.io import locks
     from vmconv.io.registry import Registry, installed, installed_machines
+    from vmconv.machine.boot.volumes import volumes
     from vmconv.machine.model import Machine
     from vmconv.machine.request import MachinePlan, MachineResult, Uuid
     from vmconv.machine.source import machine_format_of
@@ -104,6 +105,7 @@ _HOMES = {
     "settle": "inplace.settling",
     "stamp_of": "model.sources",
     "views": "conversion.views",
+    "volumes": "machine.boot.volumes",
 }
 
 __all__ = [
@@ -138,6 +140,7 @@ __all__ = [
     "compare",
     "convert",
     "create",
+    "did_you_mean",
     "fanout",
     "generation",
     "info",
@@ -169,6 +172,7 @@ __all__ = [
     "sync_plan",
     "undo",
     "views",
+    "volumes",
 ]
 
 

@@ -143,6 +143,13 @@ class Format:
         """
         raise NotImplementedError(f"{self.name} has no writer")
 
+    def file_names(self, options: Any, name: str, size: int) -> tuple[str, ...]:
+        """Returns the names of the files that `write` makes of an image of `size` bytes; `name`, the target, is last.
+
+        A mount lists them without planning. It never asks for subformats in `not_mountable`.
+        """
+        return (name,)
+
     def keeps_source(self, options: Any) -> bool:
         """True if these options make an empty overlay with the source itself as its backing file."""
         return False

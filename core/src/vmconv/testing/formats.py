@@ -167,6 +167,18 @@ class FormatTests(ReaderTests, StackingTests):
             for one, other in zip(first.files, second.files, strict=True):
                 assert [row[:3] for row in one.table] == [row[:3] for row in other.table]
 
+    def test_the_names_of_the_files_are_known_without_writing(self) -> None:
+        for size in (_MIB, 6 * _GIB):
+            image = raw_disk(patterned(size, [(0, 4096)]))
+            for variant in self.each_variant():
+                if variant.get("subformat") in self.format.not_mountable:
+                    continue
+                options = parse_options(self.format.options(), variant, self.format.name)
+                target = f"image{next(iter(self.format.suffixes), '')}"
+                layout = self.format.write(image, options, Placement(512, target))
+                names = tuple(out.name or target for out in layout.files)
+                assert self.format.file_names(options, target, size) == names, variant
+
     @pytest.mark.parametrize("modulus", [512, 4096, 65536])
     def test_aligned_payload_is_placed_where_it_can_be_referenced(self, modulus: int) -> None:
         unit = max(modulus, self.block)

@@ -132,6 +132,11 @@ class Vmem(MemoryFormat):
 
         return write(image, placement)
 
+    def file_names(self, options: Any, name: str, size: int) -> tuple[str, ...]:
+        from vmconv_memory.vmware_writer import beside_of
+
+        return beside_of(name)[0], name
+
 
 class Kdump(MemoryFormat):
     name = "kdump"

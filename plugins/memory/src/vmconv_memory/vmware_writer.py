@@ -45,11 +45,17 @@ def write(image: Image, placement: Placement) -> Layout:
     # A single range that is not whole pages begins at 0, and needs no region.
     state = Blob("state", _state(found if not len(partial) else None, offset))
     whole = Extents.whole(state)
-    stem, suffix = os.path.splitext(placement.target)
+    beside, is_state = beside_of(placement.target)
+    first, last = (memory, whole) if is_state else (whole, memory)
+    return Layout((OutFile(first, beside), OutFile(last)), (_LOSS,))
+
+
+def beside_of(name: str) -> tuple[str, bool]:
+    """Returns the name of the other file of the pair, and whether `name` is that of the state."""
+    stem, suffix = os.path.splitext(name)
     if suffix.lower() in PAYLOADS:
-        return Layout((OutFile(whole, stem + STATES[0]), OutFile(memory)), (_LOSS,))
-    stem = stem if suffix.lower() in STATES else placement.target
-    return Layout((OutFile(memory, stem + PAYLOADS[0]), OutFile(whole)), (_LOSS,))
+        return stem + STATES[0], False
+    return (stem if suffix.lower() in STATES else name) + PAYLOADS[0], True
 
 
 def _state(found: Segments | None, offset: Column) -> bytes:

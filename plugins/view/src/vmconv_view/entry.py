@@ -7,12 +7,23 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from vmconv.api import View, inside, locks, new_name, stamp_of, views
-from vmconv.plugin import AccessError, Blob, Extents, FormatKind, Image, Opener, ReadError, VmconvError, printable
+from vmconv.api import View, inside, locks, new_name, stamp_of, views, volumes
+from vmconv.plugin import (
+    AccessError,
+    Blob,
+    Extents,
+    Format,
+    FormatKind,
+    Image,
+    Opener,
+    ReadError,
+    VmconvError,
+    printable,
+)
 from vmconv_view.rights import Rights
-from vmconv_view.variants import Variant
+from vmconv_view.variants import Partitions, Shown
 
 ERRORS = "vmconv-errors.txt"
 """The file with the reason, shown in place of an unreadable image."""
@@ -90,7 +101,7 @@ class Entry:
         """The files shown instead of an unreadable image."""
         return self._failure
 
-    def planned(self, variant: Variant) -> Files | None:
+    def planned(self, variant: Shown) -> Files | None:
         """Returns the files of the image in this variant by name, None if they are not planned."""
         with self._lock:
             if self._retired or variant.name not in self._plans:
@@ -98,7 +109,21 @@ class Entry:
             self._plans.move_to_end(variant.name)
             return self._plans[variant.name]
 
-    def plan(self, variant: Variant) -> Files | None:
+    def names(self, variant: Shown) -> Iterable[str]:
+        """Returns the names of the files in this variant: those that are planned, else those that are expected."""
+        return self.planned(variant) or self.expected(variant)
+
+    def expected(self, variant: Shown) -> tuple[str, ...]:
+        """Returns the names that the files of this variant will have if they can be planned."""
+        if isinstance(variant, Partitions):
+            return ()
+        size = self._image.size if self._image else 0
+        return variant.format.file_names(variant.parsed(), self._target(variant.format), size)
+
+    def _target(self, target: Format) -> str:
+        return new_name(self.name, target, self._opener.registry)
+
+    def plan(self, variant: Shown) -> Files | None:
         """Plans the files of the image in this variant and returns them by name, None if retired."""
         with self._lock:
             if self._retired or self._image is None:
@@ -116,15 +141,19 @@ class Entry:
                 self._planning -= 1
                 self._close_if_unused()
 
-    def _plan(self, image: Image, variant: Variant) -> Files:
+    def _plan(self, image: Image, variant: Shown) -> Files:
         try:
-            name = new_name(self.name, variant.format, self._opener.registry)
-            made = views(image, variant.format, variant.options, name)
+            made = self._made(image, variant)
             # The format's writer may have opened more files of the chain.
             self._opened()
             return made
         except Exception as exc:
             return self._explain(f"{self.name} as {variant.name}: ", exc)
+
+    def _made(self, image: Image, variant: Shown) -> Files:
+        if isinstance(variant, Partitions):
+            return volumes(image)
+        return views(image, variant.format, variant.options, self._target(variant.format))
 
     def hold(self) -> bool:
         """Keeps the image's files open and locked until `release`; returns False if they are already closed.

@@ -65,9 +65,12 @@ class Filesystem(mfusepy.Operations):  # type: ignore[misc]
         with self.errors():
             return _attributes(self.held[fh].node if fh else self._tree.node(path.strip("/"), self._rights()))
 
-    def readdir(self, path: str, fh: int) -> list[str]:
+    def readdir(self, path: str, fh: int) -> list[str | tuple[str, dict[str, int], int]]:
         with self.errors():
-            return [".", "..", *self._tree.node(path.strip("/"), self._rights()).names()]
+            node = self._tree.node(path.strip("/"), self._rights())
+            # The type of a file, so that programs such as find do not ask for its attributes, which plans it.
+            names = [(name, {"st_mode": stat.S_IFREG}, 0) if node.has_files else name for name in node.names()]
+            return [".", "..", *names]
 
     def open(self, path: str, flags: int) -> int:
         with self.errors():

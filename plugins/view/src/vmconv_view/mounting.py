@@ -17,6 +17,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let other users, such as that of a hypervisor, read the images that they could open themselves",
     )
+    parser.add_argument(
+        "--formats",
+        metavar="NAME,...",
+        default="",
+        help="show only these, such as qcow2,vmdk-monolithicFlat; the name of a format stands for all its subformats",
+    )
     add_access(parser)
 
 
@@ -27,11 +33,15 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv_view import background
     from vmconv_view.fuse import mount
     from vmconv_view.tree import Tree
+    from vmconv_view.variants import refuse_unknown
 
     directory, only = _shown(options.directory)
     _refuse(directory, options.mountpoint, options.allow_external)
+    formats = [name.strip() for name in options.formats.split(",") if name.strip()]
+    registry = installed()
+    refuse_unknown(registry, formats)
     _allow_many_files()
-    tree = Tree(installed(), directory, only=only, **access(options))
+    tree = Tree(registry, directory, only=only, formats=formats, **access(options))
     ready = background.fork() if options.fork else lambda: None
     try:
         # libfuse handles signals only if they have their default action; then it unmounts before it exits.

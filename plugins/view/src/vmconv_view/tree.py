@@ -4,9 +4,11 @@
         qcow2/DISK.qcow2
         vmdk-monolithicFlat/DISK-flat.vmdk, DISK.vmdk
         ...
+        partitions/p1.ext4, p2.swap
         vmconv-errors.txt   alone, if the image cannot be read
 
-An image is read on the first access to its directory. The least recently used images are dropped if all cost too much.
+An image is read on the first access to its directory. A file is planned on the first access to its attributes, not when
+it is listed. The least recently used images are dropped if all cost too much.
 Each user's requests are answered from images opened with that user's rights.
 """
 
@@ -17,16 +19,16 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 from vmconv.api import Registry, View, settle
-from vmconv.plugin import FormatKind, Opener
-from vmconv_view.entry import Entry, Files
+from vmconv.plugin import BackendError, FormatKind, Opener
+from vmconv_view.entry import ERRORS, Entry, Files
 from vmconv_view.jobs import Jobs
 from vmconv_view.rights import OWN, Rights
-from vmconv_view.variants import Variant, variants
+from vmconv_view.variants import Partitions, Shown, shown
 
 MAX_COST = 4_000_000
 """Rows of tables cached for images that are not open: about 200 MB, or 200 files."""
@@ -35,13 +37,15 @@ MAX_COST = 4_000_000
 class Node(NamedTuple):
     """A node of the tree: a file with its `view`, or a directory with `names`.
 
-    `status` is that of the image; `mode` has the permissions common to all files of the image.
+    `status` is that of the image; `mode` has the permissions common to all files of the image. The nodes named in a
+    directory are files if it `has_files`, else directories.
     """
 
     status: os.stat_result
     mode: int
     names: Callable[[], Iterable[str]] = tuple
     view: View | None = None
+    has_files: bool = False
 
 
 class Held(NamedTuple):
@@ -59,7 +63,8 @@ class Held(NamedTuple):
 class Tree:
     """The directories and files of a mount of `directory`; paths are relative, "" is the root.
 
-    `only` is the name of the one image that is shown; by default all are.
+    `only` is the name of the one image that is shown; by default all are. `formats` are the names of the formats or
+    variants that are shown; by default all are.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Tree:
         force_share: bool = False,
         backing_format: str | None = None,
         only: str | None = None,
+        formats: Collection[str] = (),
     ) -> None:
         self._registry = registry
         self._only = only
@@ -80,7 +86,7 @@ class Tree:
         self._force_share = force_share
         self._backing_format = backing_format
         kinds: tuple[FormatKind, ...] = ("disk", "memory")
-        self._variants: Mapping[str, Mapping[str, Variant]] = {kind: variants(registry, kind) for kind in kinds}
+        self._variants: Mapping[str, Mapping[str, Shown]] = {kind: shown(registry, kind, formats) for kind in kinds}
         self._entries: OrderedDict[tuple[Rights, str], Entry] = OrderedDict()
         self._jobs = Jobs()
         self._lock = threading.Lock()
@@ -95,6 +101,12 @@ class Tree:
         if not rest:
             status = self._status(image, rights)
             return Node(status, status.st_mode, lambda: self._inside(image, rights))
+        place, _, name = rest.partition("/")
+        if not name:
+            entry = self._entry(image, rights)
+            variant = self._variants[entry.kind].get(place)
+            if not entry.failure and variant and not isinstance(variant, Partitions):
+                return Node(entry.status, entry.mode, partial(entry.names, variant), has_files=True)
         return self._find(image, rest, rights)[0]
 
     def open(self, path: str, rights: Rights = OWN) -> Held:
@@ -156,6 +168,8 @@ class Tree:
             )
             if files is not None:
                 self._trim()
+                if name not in files and ERRORS in files and name in entry.expected(variant):
+                    raise BackendError(f"{image}/{place}/{name}: cannot be made", hint=f"{ERRORS} beside it says why")
                 return _node_in(entry, files, name), entry
 
     def _entry(self, name: str, rights: Rights) -> Entry:
@@ -227,7 +241,7 @@ def _is_file(one: os.DirEntry[str]) -> bool:
 def _node_in(entry: Entry, files: Files, name: str) -> Node:
     """Returns the node of a file in a directory of files, or of the directory itself for an empty name."""
     if not name:
-        return Node(entry.status, entry.mode, files.keys)
+        return Node(entry.status, entry.mode, files.keys, has_files=True)
     if name not in files:
         raise FileNotFoundError(errno.ENOENT, name)
     return Node(entry.status, entry.mode, view=files[name])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _SIGNATURES = (b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0")
 _HEAD = 4096
+_SECTOR = 512
 
 
 class Vmdk(Format):
@@ -50,6 +51,13 @@ class Vmdk(Format):
         from vmconv_vmdk.writer import write
 
         return write(image, options, placement, backing=backing)
+
+    def file_names(self, options: Any, name: str, size: int) -> tuple[str, ...]:
+        from vmconv_vmdk.options import MAX_SECTORS, extent_names
+
+        sectors = -(-size // _SECTOR)
+        # The writer refuses larger disks.
+        return (*(extent_names(options, name, sectors) if sectors <= MAX_SECTORS else ()), name)
 
     def qemu_incompatibility(self, image: Image) -> str | None:
         from vmconv_vmdk.reader import qemu_incompatibility

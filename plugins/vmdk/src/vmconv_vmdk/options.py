@@ -27,6 +27,19 @@ REFERENCE = "reference"
 
 SPLIT = frozenset({"twoGbMaxExtentSparse", "twoGbMaxExtentFlat"})
 
+MAX_SECTORS = 1 << 37
+"""64 TiB: a directory of 2 Mi grain tables."""
+
+SPLIT_SECTORS = 4192256
+"""Sectors of each extent of a split disk except the last: 2047 MiB, as in VMware."""
+
+_EXTENT_NAMES = {
+    "monolithicFlat": "-flat",
+    "vmfs": "-flat",
+    "twoGbMaxExtentSparse": "-s{:03d}",
+    "twoGbMaxExtentFlat": "-f{:03d}",
+}
+
 
 @dataclass(frozen=True)
 class Options(Identified):
@@ -59,3 +72,13 @@ class Options(Identified):
     @property
     def split(self) -> bool:
         return self.subformat in SPLIT
+
+
+def extent_names(options: Options, name: str, sectors: int) -> list[str]:
+    """Returns the names of the files beside the VMDK `name` with its extents; none if it holds its only extent."""
+    pattern = _EXTENT_NAMES.get(options.subformat)
+    if pattern is None:
+        return []
+    count = -(-sectors // SPLIT_SECTORS) if options.split else 1
+    stem = name.removesuffix(".vmdk")
+    return [f"{stem}{pattern.format(number)}.vmdk" for number in range(1, count + 1)]

@@ -31,22 +31,13 @@ from vmconv.plugin import (
 from vmconv_vmdk import structs
 from vmconv_vmdk.descriptor import NO_PARENT, Part, recorded, render
 from vmconv_vmdk.grains import GRAIN, SparseExtent
-from vmconv_vmdk.options import FLAT, REFERENCE, AdapterType, Options
+from vmconv_vmdk.options import FLAT, MAX_SECTORS, REFERENCE, SPLIT_SECTORS, AdapterType, Options, extent_names
 from vmconv_vmdk.reader import content_id, virtualbox_ids
-
-SPLIT_SECTORS = 4192256
-"""Sectors of each extent of a split disk except the last: 2047 MiB, as in VMware."""
 
 DESCRIPTOR_SECTORS = 20
 """Space for an embedded descriptor, as in VMware and QEMU."""
 
-MAX_SECTORS = 1 << 37
-"""64 TiB: a directory of 2 Mi grain tables."""
-
 _NIL = UUID(int=0)
-
-_EXTENT_NAMES = {"monolithicFlat": "-flat", "vmfs": "-flat", "twoGbMaxExtentSparse": "-s{:03d}"}
-_EXTENT_NAMES["twoGbMaxExtentFlat"] = "-f{:03d}"
 
 
 def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
@@ -137,15 +128,12 @@ class _Writer:
 
     def _parts(self) -> list[Part]:
         """Returns the extents for the descriptor."""
-        options, stem = self.options, self.name.removesuffix(".vmdk")
-        kind = FLAT.get(options.subformat, "SPARSE")
-        pattern = _EXTENT_NAMES.get(options.subformat)
-        if pattern is None:
-            return [Part("RW", self.sectors, kind, self.name)]
-        longest = SPLIT_SECTORS if options.split else self.sectors
+        kind = FLAT.get(self.options.subformat, "SPARSE")
+        names = extent_names(self.options, self.name, self.sectors) or [self.name]
+        longest = SPLIT_SECTORS if self.options.split else self.sectors
         return [
-            Part("RW", min(longest, self.sectors - at), kind, f"{stem}{pattern.format(number)}.vmdk")
-            for number, at in enumerate(range(0, self.sectors, longest), start=1)
+            Part("RW", min(longest, self.sectors - at), kind, name)
+            for at, name in zip(range(0, self.sectors, longest), names, strict=True)
         ]
 
     def _sparse(self, window: Extents, size: int, descriptor: bytes | None) -> Extents:

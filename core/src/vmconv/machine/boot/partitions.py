@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import binascii
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 from uuid import UUID
 
@@ -16,12 +17,17 @@ BIOS_BOOT = UUID("21686148-6449-6e6f-744e-656564454649")
 _PROTECTIVE, _EXTENDED, _MBR_ESP = 0xEE, (0x05, 0x0F, 0x85), 0xEF
 
 MAX_PARTITIONS = 256
+_FIRST_LOGICAL = 5
 _SECTORS = (512, 4096)
 
 
 class Partition(NamedTuple):
-    """A partition: bytes of its start and its length. `kind` is the GPT type, or None with an MBR."""
+    """A partition: bytes of its start and its length. `kind` is the GPT type, or None with an MBR.
 
+    `number` is that of Linux: the place in the table from 1 on; logical partitions of an MBR have those from 5 on.
+    """
+
+    number: int
     start: int
     length: int
     kind: UUID | None
@@ -53,8 +59,24 @@ def read(disk: Extents) -> Table:
     has_code = any(first[:440])
     entries = [_Entry.of(first, number) for number in range(4)]
     if any(entry.kind == _PROTECTIVE for entry in entries):
-        return _gpt(disk, has_boot_code=has_code)
-    return Table("mbr", tuple(_mbr_partitions(disk, entries)), has_boot_code=has_code)
+        table = _gpt(disk, has_boot_code=has_code)
+    else:
+        found, problem = _mbr_partitions(disk, entries)
+        table = Table("mbr", tuple(found), has_code, problem)
+    return table._replace(problem=table.problem or _misplaced(table.partitions, disk.size))
+
+
+def _misplaced(partitions: Sequence[Partition], size: int) -> str | None:
+    """Returns what is wrong with the places of partitions on a disk of `size` bytes."""
+    for one in partitions:
+        if one.start <= 0 or one.length <= 0 or one.start + one.length > size:
+            said = f"its partition {one.number} at {one.start:#x} with {one.length} bytes"
+            return f"{said} is not inside the disk of {size} bytes"
+    ordered = sorted(partitions, key=lambda one: one.start)
+    for one, following in pairwise(ordered):
+        if one.start + one.length > following.start:
+            return f"its partitions {one.number} and {following.number} overlap at {following.start:#x}"
+    return None
 
 
 def _at(disk: Extents, offset: int, length: int) -> bytes:
@@ -77,32 +99,48 @@ class _Entry(NamedTuple):
         return cls(flag == 0x80, kind, start, sectors)
 
 
-def _mbr_partitions(disk: Extents, entries: list[_Entry]) -> Iterator[Partition]:
-    for entry in entries:
+def _mbr_partitions(disk: Extents, entries: list[_Entry]) -> tuple[list[Partition], str | None]:
+    """Returns the partitions of an MBR, and what is wrong with the chain of logical ones."""
+    found, problem = list[Partition](), None
+    for number, entry in enumerate(entries, 1):
         if entry.kind in _EXTENDED:
-            yield from _logical(disk, entry.start)
+            logical, said = _logical(disk, entry, sum(one.number >= _FIRST_LOGICAL for one in found))
+            found, problem = found + logical, problem or said
         elif entry.kind and entry.sectors:
-            yield _partition(entry, 0)
+            found.append(_partition(entry, 0, number))
+    return found, problem
 
 
-def _partition(entry: _Entry, base: int) -> Partition:
+def _partition(entry: _Entry, base: int, number: int) -> Partition:
     start, length = (base + entry.start) * 512, entry.sectors * 512
-    return Partition(start, length, None, is_esp=entry.kind == _MBR_ESP, is_active=entry.active)
+    return Partition(number, start, length, None, is_esp=entry.kind == _MBR_ESP, is_active=entry.active)
 
 
-def _logical(disk: Extents, base: int) -> Iterator[Partition]:
-    """Yields the logical partitions of an extended one. A chain that loops ends at `MAX_PARTITIONS`."""
-    at = base
-    for _ in range(MAX_PARTITIONS):
+def _logical(disk: Extents, extended: _Entry, count: int) -> tuple[list[Partition], str | None]:
+    """Returns the logical partitions of an extended one, and what is wrong with their chain; `count` are known."""
+    found, seen = list[Partition](), set[int]()
+    at = extended.start
+    while len(seen) < MAX_PARTITIONS:
+        if at in seen:
+            return found, f"its chain of logical partitions leads back to sector {at}"
+        seen.add(at)
         sector = _at(disk, at * 512, 512)
         if sector[510:] != b"\x55\xaa":
-            return
+            return found, None
         own, following = _Entry.of(sector, 0), _Entry.of(sector, 1)
         if own.kind and own.sectors:
-            yield _partition(own, at)
+            found.append(_partition(own, at, _FIRST_LOGICAL + count + len(found)))
+            if (
+                not extended.start
+                <= at + own.start
+                <= at + own.start + own.sectors
+                <= extended.start + extended.sectors
+            ):
+                return found, f"its logical partition {found[-1].number} is not inside the extended one"
         if following.kind not in _EXTENDED:
-            return
-        at = base + following.start
+            return found, None
+        at = extended.start + following.start
+    return found, f"it has more than {MAX_PARTITIONS} logical partitions"
 
 
 def _gpt(disk: Extents, *, has_boot_code: bool) -> Table:
@@ -127,7 +165,8 @@ def _gpt_table(disk: Extents, header: bytes, sector: int, *, has_boot_code: bool
 
 
 def _gpt_partitions(entries: bytes, sector: int) -> Iterator[Partition]:
-    for kind, first, last in struct.iter_unpack("<16s16xQQ80x", entries):
+    for number, (kind, first, last) in enumerate(struct.iter_unpack("<16s16xQQ80x", entries), 1):
         if any(kind):
             found = UUID(bytes_le=kind)
-            yield Partition(first * sector, (last - first + 1) * sector, found, found == ESP, is_active=False)
+            start, length = first * sector, (last - first + 1) * sector
+            yield Partition(number, start, length, found, found == ESP, is_active=False)
