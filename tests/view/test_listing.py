@@ -12,6 +12,7 @@ import pytest
 
 from support.disks import MIB, make_disk
 from support.mounting import ERRORS, mounted
+from vmconv.api import views
 from vmconv.cli.main import main
 from vmconv.interface.format import Format
 from vmconv.io.registry import installed
@@ -38,7 +39,6 @@ def test_what_is_listed_is_planned_only_when_it_is_looked_at(tmp_path: Path, mon
         file.truncate(5 << 30)
         file.write(b"payload")
     planned: list[str] = []
-    views = entry_module.views
 
     def noted(image: Any, target: Format, *arguments: Any) -> Any:
         planned.append(target.name)

@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from vmconv.model.facts import DiskFacts, Geometry
     from vmconv.model.identity import derived, fresh
     from vmconv.model.image import Image
+    from vmconv.model.layer import WritableLayer
     from vmconv.model.layout import Allocation, Backing, Layout, OutFile, Placement, Reference, Scratch
     from vmconv.model.options import Identified, Size, describe, option, parse_size
     from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from vmconv.model.references import Dependency, Record, read_records, refer
     from vmconv.model.sources import Blob, Decoded, Encoded, File, Placeholder, Reserved, Source, Stamp
     from vmconv.model.usage import GUEST, Metadata, Usage, overlaps, refuse_overlaps
+    from vmconv.model.view import View
     from vmconv.placing import blocks
     from vmconv.placing.pinning import Pinned, pin
     from vmconv.placing.ranges import Ranges, joined_over_holes, ranges_in_files
@@ -197,6 +199,8 @@ _HOMES = {
     "Survey": "interface.backend",
     "Transaction": "interface.backend",
     "Usage": "model.usage",
+    "View": "model.view",
+    "WritableLayer": "model.layer",
     "UsageError": "errors",
     "VerifyError": "errors",
     "VmconvError": "errors",
@@ -343,7 +347,9 @@ __all__ = [
     "Usage",
     "UsageError",
     "VerifyError",
+    "View",
     "VmconvError",
+    "WritableLayer",
     "ZeroCopyError",
     "access",
     "add_access",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vmconv.model.draft import Draft
     from vmconv.model.extents import Column
     from vmconv.model.image import Image
+    from vmconv.model.layer import WritableLayer
     from vmconv.model.layout import Backing, Layout, Placement
     from vmconv.model.sources import File
 
@@ -188,6 +189,16 @@ class Format:
         from vmconv.errors import PlanError
 
         raise PlanError(f"{image.file.name}: {self.name} stores no name of a parent that could change")
+
+    def open_layer(self, image: Image, descriptor: int) -> WritableLayer:
+        """Returns the disk of `image` for a guest that writes; writes go to its file, open for writing as `descriptor`.
+
+        The layer closes the descriptor. Raises `PlanError` if vmconv cannot write to images of this form while they are
+        in use; the descriptor stays open then.
+        """
+        from vmconv.errors import PlanError
+
+        raise PlanError(f"{image.file.name}: vmconv does not write to {self.name} while it is in use")
 
     def change_snapshots(self, image: Image, change: SnapshotChange) -> Draft:
         """Returns the file of `image` after a change of its internal snapshots.

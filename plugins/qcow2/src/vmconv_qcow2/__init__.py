@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Opener,
         Placement,
         SnapshotChange,
+        WritableLayer,
     )
 
 
@@ -84,6 +85,11 @@ class Qcow2(Format):
         from vmconv_qcow2.parent import set_parent
 
         return set_parent(image, parent)
+
+    def open_layer(self, image: Image, descriptor: int) -> WritableLayer:
+        from vmconv_qcow2.layer import open_layer
+
+        return open_layer(image, descriptor)
 
     def change_bitmaps(self, image: Image, name: str, changes: Sequence[BitmapChange]) -> Draft:
         from vmconv_qcow2.bitmap_edits import change_bitmaps
