@@ -197,7 +197,7 @@ class Storage:
     def __init__(self, path: Path) -> None:
         self.synced = bytearray(path.read_bytes())
         self.pending: list[tuple[int, bytes]] = []
-        self.calls: Callable[[], None] = lambda: None
+        self.calls: Callable[[float], None] = lambda chance: None
 
     def module(self) -> Any:
         return SimpleNamespace(**{**vars(os), "pwritev": self.pwritev, "pwrite": self.pwrite, "fdatasync": self.sync})
@@ -208,15 +208,14 @@ class Storage:
     def pwrite(self, descriptor: int, data: bytes | memoryview, place: int) -> int:
         data = bytes(data)
         self.pending.append((place, data))
-        self.calls()
+        self.calls(0.01)
         return os.pwrite(descriptor, data, place)
 
     def sync(self, descriptor: int) -> None:
-        self.calls()
+        self.calls(0.5)
         for place, data in self.pending:
             put(self.synced, place, data)
         self.pending.clear()
-        self.calls()
 
     def after_cut(self, rng: random.Random) -> bytes:
         """Returns what the disk may have after a power cut now."""
@@ -246,10 +245,9 @@ def test_a_power_cut_leaks_at_worst_and_loses_nothing_that_was_flushed(
     model = base.read_bytes()
     # What each block of the disk may read as: what was flushed, and what was written since.
     allowed = {block: {model[block * 4096 : (block + 1) * 4096]} for block in range(SIZE // 4096)}
-    chance = 0.02
 
-    def cut() -> None:
-        if rng.random() < chance and len(cuts) < 8:
+    def cut(chance: float) -> None:
+        if rng.random() < chance and len(cuts) < 20:
             cuts.append((storage.after_cut(rng), {block: set(found) for block, found in allowed.items()}))
 
     storage.calls = cut
@@ -271,11 +269,13 @@ def test_a_power_cut_leaks_at_worst_and_loses_nothing_that_was_flushed(
                 allowed = {block: {found} for block, found in now.items()}
     assert len(cuts) > 3
     left = overlay.with_name("left.qcow2")
-    for image, expected in cuts:
+    for number, (image, expected) in enumerate(cuts):
         left.write_bytes(image)
-        done = subprocess.run(["qemu-img", "check", "-q", str(left)], capture_output=True, text=True, check=False)
-        # 3: leaked clusters only.
-        assert done.returncode in (0, 3), done.stdout
+        if number % 5 == 0:
+            # 3: leaked clusters only.
+            done = subprocess.run(["qemu-img", "check", "-q", str(left)], capture_output=True, text=True, check=False)
+            assert done.returncode in (0, 3), done.stdout
+        # Opening it checks it, too.
         with Session(left) as layer:
             found = content(layer)
         for block, values in expected.items():
