@@ -197,7 +197,7 @@ class Storage:
     def __init__(self, path: Path) -> None:
         self.synced = bytearray(path.read_bytes())
         self.pending: list[tuple[int, bytes]] = []
-        self.calls: Callable[[float], None] = lambda chance: None
+        self.calls: Callable[[float], None] = lambda _: None
 
     def module(self) -> Any:
         return SimpleNamespace(**{**vars(os), "pwritev": self.pwritev, "pwrite": self.pwrite, "fdatasync": self.sync})
