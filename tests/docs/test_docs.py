@@ -9,12 +9,13 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -27,7 +28,9 @@ from vmconv import errors
 from vmconv.cli.parser import make_parser
 from vmconv.cli.plugin import files as skeleton
 from vmconv.cli.stops import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED
+from vmconv.errors import ImageError
 from vmconv.interface import hooks
+from vmconv.testing import image_file, sample_disk, sample_images
 
 ROOT = Path(__file__).parents[2]
 README, PLUGINS, ARCHITECTURE = (ROOT / name for name in ("README.md", "docs/plugins.md", "docs/architecture.md"))
@@ -432,6 +435,22 @@ def test_the_example_plugin_prints_the_shown_output(toy: Path, xfs_dir: Path) ->
     disk = [line for line, _ in commands_of(README.read_text()) if line.startswith(("truncate", "dd "))]
     assert run(" && ".join(disk), xfs_dir)[0] == 0
     assert_examples(section(PLUGINS, "A complete format plugin"), xfs_dir, toy)
+
+
+def test_the_example_of_an_allocation_table_reads_and_writes_what_qemu_does() -> None:
+    (code,) = [block.text for block in blocks(section(PLUGINS, "An allocation table")) if block.language == "python"]
+    shown: dict[str, Any] = {}
+    exec(compile(code, "docs/plugins.md", "exec", dont_inherit=True), shown)
+    (image,) = [one for one in sample_images("vdi") if one.name == "dynamic.vdi"]
+    file = image_file(image.data)
+    table = shown["table_of"](file)
+    assert table.read(0, table.size) == sample_disk()
+    at, _ = struct.unpack_from("<II", image.data, 340)
+    # QEMU wrote the blocks in the disk's order, too.
+    assert shown["map_of"](table, 1 << 20) == image.data[at : at + 16]
+    file.write(at + 4, struct.pack("<I", 77))
+    with pytest.raises(ImageError, match=rf"block map entry 1 at {at + 4:#x}: block at 0x\w+ is past the end"):
+        shown["table_of"](file)
 
 
 # Which way

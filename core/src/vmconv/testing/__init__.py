@@ -20,6 +20,7 @@ from vmconv.testing.machines import MachineTests, machines
 from vmconv.testing.malformed import KINDS, Malformed, Sample
 from vmconv.testing.ram import MemoryFormatTests, MemoryReaderTests, memory_of
 from vmconv.testing.reading import ReaderTests
+from vmconv.testing.samples import SampleImage, sample_disk, sample_images
 from vmconv.testing.storage import StorageFormatTests
 from vmconv.testing.strategies import disks, tables
 
@@ -33,6 +34,7 @@ __all__ = [
     "MemoryReaderTests",
     "ReaderTests",
     "Sample",
+    "SampleImage",
     "StorageFormatTests",
     "disk_of",
     "disks",
@@ -42,5 +44,7 @@ __all__ = [
     "memory_of",
     "patterned",
     "random_bytes",
+    "sample_disk",
+    "sample_images",
     "tables",
 ]

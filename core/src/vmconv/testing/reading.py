@@ -24,6 +24,7 @@ from vmconv.model.usage import overlaps
 from vmconv.testing.disks import image_file, random_bytes
 from vmconv.testing.malformed import KINDS, Sample, memory_limit, time_limit
 from vmconv.testing.memory import MemoryFile
+from vmconv.testing.samples import sample_disk, sample_images
 
 _HEAVY = ("numpy", "construct", "pydantic", "zstandard")
 
@@ -108,6 +109,16 @@ class ReaderTests:
             image = self.open_sample(self.sample(variant))
             assert image.disk.size == image.size
             assert isinstance(image.details, Mapping)
+
+    def test_images_that_qemu_made_are_read(self) -> None:
+        """Of formats that QEMU writes: a second opinion, without QEMU."""
+        images = list(sample_images(self.format.name))
+        if not images:
+            pytest.skip("QEMU writes no images of this format")
+        for one in images:
+            assert self.format.probe(image_file(one.data)) is self.has_signature, one.name
+            table = self.open_sample(one.data).flat
+            assert table.read(0, table.size) == sample_disk(), one.name
 
     def test_an_unknown_snapshot_is_refused(self) -> None:
         file = image_file(self.sample(self.variants[0]))
