@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
@@ -21,7 +21,8 @@ from vmconv_fleet.config import ConfigError
 from vmconv_fleet.console import signin
 from vmconv_fleet.errors import NotReadyError
 from vmconv_fleet.node.activation import sign_in_of
-from vmconv_fleet.oidc import people
+from vmconv_fleet.oidc import people, places
+from vmconv_fleet.oidc.places import Places
 from vmconv_fleet.oidc.provider import SignedIn
 from vmconv_fleet.oidc.settings import OidcSettings
 from vmconv_fleet.replication.clock import wall_ms
@@ -232,49 +233,151 @@ def test_a_provider_that_is_away_is_told(house: House) -> None:
     assert (page.status, "answers with status 503" in page.text) == (403, True)
 
 
-def from_address(host: str) -> Request:
-    return Request({"type": "http", "client": (host, 1)})
+V4 = ["192.0.2.1", "192.0.2.2", "::ffff:192.0.2.3", "192.0.2.4"]
+V6 = ["2001:db8:0:1::1", "2001:db8:0:2::1", "2001:db8:0:3::1", "2001:db8:0:4::1"]
 
 
-def test_strangers_do_not_take_all_threads(house: House) -> None:
-    sign_in = house.api.app.state.sign_in
-    with ExitStack() as stack:
-        for n in range(signin._AT_ONCE):
-            stack.enter_context(sign_in.asking(from_address(f"192.0.{n}.1")))
-        page = house.go(START)
-        assert (page.status, "too many people sign in" in page.text) == (503, True)
+def at(host: str) -> bytes:
+    """Returns the address of a request."""
+    return signin._address_of(Request({"type": "http", "client": (host, 1)}))
+
+
+class Crowd:
+    """Sign-ins at a time; each stays until it is told to leave."""
+
+    def __init__(self) -> None:
+        self.places = Places()
+        self.entered: list[str] = []
+        self.refused: list[str] = []
+        self._gates: dict[str, asyncio.Event] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def come(self, *names: str) -> None:
+        """Lets sign-ins come, each named HOST or HOST#NUMBER."""
+        for name in names:
+            self._gates[name] = asyncio.Event()
+            self._tasks.append(asyncio.create_task(self._sign_in(name)))
+            await asyncio.sleep(0)
+
+    async def _sign_in(self, name: str) -> None:
+        try:
+            async with self.places.taken(at(name.partition("#")[0])):
+                self.entered.append(name)
+                await self._gates[name].wait()
+        except NotReadyError:
+            self.refused.append(name)
+
+    async def leave(self, name: str) -> None:
+        self._gates[name].set()
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+    async def cancel(self, number: int) -> None:
+        self._tasks[number].cancel()
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        assert (self.places._asking, self.places._waiting) == ([], [])
+
+
+def floods(networks: int, each: int = places.OF_NETWORK) -> list[str]:
+    return [f"10.0.{network}.{host}" for network in range(networks) for host in range(each)]
+
+
+def test_strangers_do_not_take_all_threads(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PATIENCE_S", 0.05)
+    found = house.api.app.state.sign_in.places
+    found._asking += [at(host) for host in floods(places.AT_ONCE, 1)]
+    page = house.go(START)
+    assert (page.status, "too many people sign in" in page.text) == (503, True)
+    del found._asking[0]
     assert house.go(START).status == 303
 
 
-@pytest.mark.parametrize("hosts", [["192.0.2.1", "::ffff:192.0.2.1"], ["2001:db8::1", "2001:db8::2"]])
-def test_one_address_does_not_take_all_places_of_the_sign_in(house: House, hosts: list[str]) -> None:
-    sign_in = house.api.app.state.sign_in
-    with ExitStack() as stack:
-        for host in hosts:
-            stack.enter_context(sign_in.asking(from_address(host)))
-        with pytest.raises(NotReadyError, match="too many people"), sign_in.asking(from_address(hosts[0])):
-            pass
-        assert house.go(START).status == 303
-    with sign_in.asking(from_address(hosts[0])):
-        pass
+@pytest.mark.parametrize("hosts", [V4, V6, [V4[0], f"{V4[0]}#2", f"{V4[0]}#3"]], ids=["v4", "v6", "one address"])
+def test_one_network_does_not_take_all_places_of_the_sign_in(hosts: list[str]) -> None:
+    async def act() -> None:
+        async with Crowd() as crowd:
+            await crowd.come(*hosts, "192.0.3.1", "2001:db8:1::1")
+            assert crowd.refused == hosts[-1:]
+            await crowd.leave(hosts[0])
+            await crowd.come(f"{hosts[0].partition('#')[0]}#again")
+            assert len(crowd.refused) == 1
+
+    asyncio.run(act())
 
 
-@pytest.mark.parametrize(
-    ("hosts", "more"),
-    [
-        (["192.0.2.1", "192.0.2.2", "::ffff:192.0.2.3"], "192.0.2.4"),
-        (["2001:db8:0:1::1", "2001:db8:0:2::1", "2001:db8:0:3::1"], "2001:db8:0:4::1"),
-    ],
-)
-def test_one_network_does_not_take_all_places_of_the_sign_in(house: House, hosts: list[str], more: str) -> None:
-    sign_in = house.api.app.state.sign_in
-    with ExitStack() as stack:
-        for host in hosts:
-            stack.enter_context(sign_in.asking(from_address(host)))
-        with pytest.raises(NotReadyError, match="too many people"), sign_in.asking(from_address(more)):
-            pass
-        for other in ("192.0.3.1", "2001:db8:1::1"):
-            stack.enter_context(sign_in.asking(from_address(other)))
+def test_a_person_gets_the_next_place_however_many_of_six_networks_wait() -> None:
+    async def act() -> None:
+        async with Crowd() as crowd:
+            hosts = floods(6)
+            await crowd.come(*hosts, "192.0.2.1")
+            assert (len(crowd.entered), crowd.refused) == (places.AT_ONCE, [])
+            await crowd.leave(hosts[0])
+            assert crowd.entered[-1] == "192.0.2.1"
+            await crowd.come(f"{hosts[0]}#2", "192.0.2.2", "192.0.3.1")
+            await crowd.leave(hosts[1])
+            assert crowd.entered[-1] == "192.0.3.1"
+            await crowd.leave(hosts[2])
+            # Its first network has no other place left; that of 192.0.2.2 has one.
+            assert crowd.entered[-1] == f"{hosts[0]}#2"
+
+    asyncio.run(act())
+
+
+def test_of_many_that_wait_one_of_the_largest_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "WAITING", 4)
+
+    async def act() -> None:
+        async with Crowd() as crowd:
+            full = floods(places.AT_ONCE, 1)
+            await crowd.come(*full, "192.0.2.1", "192.0.3.1", "192.0.3.2", "192.0.4.1", "192.0.5.1")
+            await asyncio.sleep(0.01)
+            assert crowd.refused in (["192.0.3.1"], ["192.0.3.2"])
+            await crowd.come("192.0.6.1")
+            await asyncio.sleep(0.01)
+            assert len(crowd.refused) == 2
+            assert len(crowd.places._waiting) == 4
+
+    asyncio.run(act())
+
+
+def test_who_waits_too_long_is_refused_and_leaves_no_place_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PATIENCE_S", 0.02)
+
+    async def act() -> None:
+        async with Crowd() as crowd:
+            full = floods(places.AT_ONCE, 1)
+            await crowd.come(*full, "192.0.2.1", "192.0.3.1")
+            while len(crowd.refused) < 2:
+                await asyncio.sleep(0.01)
+            await crowd.come("192.0.2.1#2", "192.0.3.1#2")
+            await crowd.cancel(len(full) + 2)
+            await crowd.leave(full[0])
+            assert crowd.entered[-1] == "192.0.3.1#2"
+
+    asyncio.run(act())
+
+
+def test_a_place_that_is_given_to_a_request_that_ends_goes_to_the_next() -> None:
+    async def act() -> None:
+        async with Crowd() as crowd:
+            full = floods(places.AT_ONCE, 1)
+            await crowd.come(*full, "192.0.2.1", "192.0.3.1")
+            crowd.places._leave(at(full[0]))
+            crowd.places._asking.append(at(full[0]))
+            await crowd.cancel(len(full))
+            await crowd.leave(full[1])
+            assert crowd.entered[-1] == "192.0.3.1"
+
+    asyncio.run(act())
 
 
 def test_a_new_session_replaces_the_browsers_old_one(entered: House) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
@@ -19,22 +17,18 @@ from vmconv_fleet.api.access import CALLER, COOKIE, Caller, of_token
 from vmconv_fleet.api.state import state_of
 from vmconv_fleet.console.rendering import render
 from vmconv_fleet.errors import NotReadyError
-from vmconv_fleet.limiter import address_key, network_key
+from vmconv_fleet.limiter import address_key
 from vmconv_fleet.oidc import states
 from vmconv_fleet.oidc.fetching import SignInError
 from vmconv_fleet.oidc.people import enter
-from vmconv_fleet.oidc.provider import Provider
+from vmconv_fleet.oidc.places import Places
+from vmconv_fleet.oidc.provider import Provider, SignedIn
 from vmconv_fleet.oidc.settings import CALLBACK, OidcSettings
 
 _audit = logging.getLogger("vmconv_fleet.audit")
 
 SIGN_IN_COOKIE = "__Host-vmconv-signin"
 START = "/login/oidc"
-_AT_ONCE = 16
-"""Sign-ins that may wait for the provider, so that strangers do not take all threads."""
-_OF_ONE = 2
-_OF_NETWORK = 3
-"""Those from one address, and from one network, so that one stranger does not take all places."""
 _MAX_ANSWER = 8192
 
 
@@ -45,27 +39,7 @@ class SignIn:
         self.settings = settings
         self.provider = Provider(settings)
         self.seal = states.Seal()
-        self._lock = threading.Lock()
-        self._asking: list[bytes] = []
-
-    @contextmanager
-    def asking(self, request: Request) -> Iterator[Provider]:
-        """Yields the provider. Raises NotReadyError if too many ask it, or too many from the caller's network."""
-        address = _address_of(request)
-        with self._lock:
-            if self._is_full(address):
-                raise NotReadyError("too many people sign in at this moment", hint="try again")
-            self._asking.append(address)
-        try:
-            yield self.provider
-        finally:
-            with self._lock:
-                self._asking.remove(address)
-
-    def _is_full(self, address: bytes) -> bool:
-        networks = [network_key(one) for one in self._asking]
-        taken = len(networks), self._asking.count(address), networks.count(network_key(address))
-        return any(count >= most for count, most in zip(taken, (_AT_ONCE, _OF_ONE, _OF_NETWORK), strict=True))
+        self.places = Places()
 
 
 def _address_of(request: Request) -> bytes:
@@ -120,7 +94,8 @@ async def _start(request: Request) -> Response:
         return RedirectResponse(f"{sign_in.settings.url}{START}?next={quote(next_, safe='/')}", 303)
     begun = states.begun(next_)
     try:
-        address = await run_in_threadpool(_address, request, sign_in, begun)
+        async with sign_in.places.taken(_address_of(request)):
+            address = await run_in_threadpool(_address, sign_in, begun)
     except (SignInError, NotReadyError) as exc:
         return _refused(request, next_, exc)
     answer = RedirectResponse(address, 303)
@@ -137,9 +112,8 @@ async def _start(request: Request) -> Response:
     return answer
 
 
-def _address(request: Request, sign_in: SignIn, begun: states.SignInState) -> str:
-    with sign_in.asking(request) as provider:
-        return provider.address(state=begun.state, nonce=begun.nonce, verifier=begun.verifier)
+def _address(sign_in: SignIn, begun: states.SignInState) -> str:
+    return sign_in.provider.address(state=begun.state, nonce=begun.nonce, verifier=begun.verifier)
 
 
 async def _callback(request: Request) -> Response:
@@ -149,7 +123,9 @@ async def _callback(request: Request) -> Response:
     try:
         begun = _begun(request, sign_in)
         next_ = begun.next
-        token, caller = await run_in_threadpool(_enter, request, sign_in, begun)
+        async with sign_in.places.taken(_address_of(request)):
+            person = await run_in_threadpool(_person, request, sign_in, begun)
+        token, caller = await run_in_threadpool(_enter, request, sign_in, person)
     except (SignInError, AccessError, NotReadyError) as exc:
         return _refused(request, next_, exc)
     # Not a redirect: after one from another site, browsers do not send cookies that are SameSite=Strict.
@@ -164,11 +140,13 @@ def _begun(request: Request, sign_in: SignIn) -> states.SignInState:
     return sign_in.seal.open(request.cookies.get(SIGN_IN_COOKIE, ""), request.query_params.get("state", ""))
 
 
-def _enter(request: Request, sign_in: SignIn, begun: states.SignInState) -> tuple[str, Caller]:
+def _person(request: Request, sign_in: SignIn, begun: states.SignInState) -> SignedIn:
+    return sign_in.provider.person(dict(request.query_params), nonce=begun.nonce, verifier=begun.verifier)
+
+
+def _enter(request: Request, sign_in: SignIn, person: SignedIn) -> tuple[str, Caller]:
     """Returns the token of a person's new session, and the person as its holder."""
     state = state_of(request)
-    with sign_in.asking(request) as provider:
-        person = provider.person(dict(request.query_params), nonce=begun.nonce, verifier=begun.verifier)
     token = enter(state.service, person, now_ms=state.now_ms(), minutes=sign_in.settings.minutes)
     caller = of_token(token, state)
     request.scope[CALLER] = caller.by.user
