@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # A call cannot be interrupted and reports no progress. More, shorter calls cost nothing.
 _LONGEST_CALL = 1 << 30
 
+_TOLD = 4096
+"""Calls between two reports of progress."""
+
 
 class ReflinkOutput(FileOutput):
     """A temporary file whose payload is shared with the sources."""
@@ -45,9 +48,12 @@ class ReflinkOutput(FileOutput):
 
         descriptor, request, size = self.descriptor, linux.FICLONERANGE, linux.CLONE.size
         packed = steps.pack()
+        told = _TOLD * size
         try:
-            for at in range(0, len(packed), size):
-                ioctl(descriptor, request, packed[at : at + size])
+            for first in range(0, len(packed), told):
+                for at in range(first, min(first + told, len(packed)), size):
+                    ioctl(descriptor, request, packed[at : at + size])
+                self.on_shared(int(steps.length[first // size : first // size + _TOLD].sum()))
         except OSError as exc:
             _, source_offset, length, offset = linux.CLONE.unpack(packed[at : at + size])
             raise BackendError(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.options import add_access, add_format, add_from_snapshot, add_output, in_snapshot, reading
 from vmconv.cli.verbs import Verb
 from vmconv.errors import in_words, printable
+
+if TYPE_CHECKING:
+    from vmconv.model.image import Image
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -20,14 +23,24 @@ def _run(options: argparse.Namespace) -> int:
     asked = reading(options)._replace(path=in_snapshot(options, options.file))
     with opened(asked, content_decides=True) as (image, opener):
         layers = [describe(layer, opener) for layer in (image.chain() if options.backing_chain else (image,))]
-    if options.output == "json":
-        print_json(layers if options.backing_chain else layers[0], indent=4)
-        return 0
-    for number, facts in enumerate(layers):
-        if number:
-            print()
-        _print_info(facts)
+        if options.output == "json":
+            print_json(layers if options.backing_chain else layers[0], indent=4)
+            return 0
+        for number, facts in enumerate(layers):
+            if number:
+                print()
+            _print_info(facts)
+        if image.parent_reference is not None:
+            _print_chain(image)
     return 0
+
+
+def _print_chain(image: Image) -> None:
+    from vmconv.cli.tree import chain_lines
+
+    print("chain:")
+    for line in chain_lines(image):
+        print(f"    {line}")
 
 
 def _print_info(facts: dict[str, Any]) -> None:
@@ -106,7 +119,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 VERB = Verb(
-    "Describes an image: format, sizes, features, parent, identity and health. Reads the header only.",
+    "Describes an image: format, sizes, features, parents, identity and health. Reads headers only.",
     _configure,
     _run,
     "The format is taken from the content when -f is not given, as qemu-img info does: this command\n"

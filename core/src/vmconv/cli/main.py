@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vmconv.cli import streams
+from vmconv.cli.colours import paint
 from vmconv.cli.parser import make_parser
 from vmconv.cli.stops import code_for, word_for
 from vmconv.errors import VmconvError, printable
@@ -82,9 +83,9 @@ def _report(exc: VmconvError, options: argparse.Namespace) -> int:
         with streams.drop_output_on_error():
             print_json({"event": "error", "message": str(exc), "hint": exc.hint, "exit-code": code})
     _trace(exc, options)
-    print(f"vmconv: {exc}", file=sys.stderr)
+    print(f"{paint('vmconv:', 'error', sys.stderr)} {exc}", file=sys.stderr)
     if exc.hint:
-        print(f"  hint: {exc.hint}", file=sys.stderr)
+        print(f"  {paint('hint:', 'hint', sys.stderr)} {exc.hint}", file=sys.stderr)
     return code
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli import streams
+from vmconv.cli.colours import paint
 from vmconv.cli.output import say
+from vmconv.errors import printable
 
 if TYPE_CHECKING:
     from vmconv.conversion.request import Result
@@ -53,6 +55,9 @@ class _Silence:
         pass
 
     def verifying(self, done: int, to_do: int) -> None:
+        pass
+
+    def sharing(self, done: int, to_do: int) -> None:
         pass
 
     def results(self, *results: Result) -> None:
@@ -128,6 +133,10 @@ class _Words(_Silence):
         if self._bar:
             self._bar(done, to_do)
 
+    def sharing(self, done: int, to_do: int) -> None:
+        if self._bar:
+            self._bar(done, to_do, "sharing")
+
     def verifying(self, done: int, to_do: int) -> None:
         from vmconv.cli.output import size_text
 
@@ -135,11 +144,12 @@ class _Words(_Silence):
         if not done:
             self._began, self._estimated = now, False
             print(f"verifying: {size_text(to_do)} ({to_do} bytes) to read of source and result", file=sys.stderr)
-        elif not self._estimated and now - self._began >= _ESTIMATE_AFTER:
+        elif not self._bar and not self._estimated and now - self._began >= _ESTIMATE_AFTER:
             self._estimated = True
             left = (now - self._began) * (to_do - done) / done
             print(f"verifying: about {left:.0f} s more", file=sys.stderr)
-        self.progress(done, to_do)
+        if self._bar:
+            self._bar(done, to_do, "verifying")
 
     def close(self) -> None:
         if self._bar:
@@ -147,7 +157,7 @@ class _Words(_Silence):
 
     def results(self, *results: Result) -> None:
         for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
-            say(f"warning: {warning}", to=sys.stderr)
+            print(f"{paint('warning:', 'warning', sys.stderr)} {printable(warning)}", file=sys.stderr)
         seconds = f" in {results[0].seconds:.3f} s"
         for result in results:
             say(f"{_done(result, self._shared)}{seconds if len(results) == 1 else ''}")
@@ -197,7 +207,11 @@ def run_and_report(options: argparse.Namespace, convert: Callable[..., Sequence[
     report = report_of(options)
     try:
         results = convert(
-            verify=options.verify, announce=report.announce, progress=report.progress, verifying=report.verifying
+            verify=options.verify,
+            announce=report.announce,
+            progress=report.progress,
+            verifying=report.verifying,
+            sharing=report.sharing,
         )
     except KeyboardInterrupt as exc:
         results = getattr(exc, "results", ())

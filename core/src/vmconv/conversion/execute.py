@@ -41,6 +41,7 @@ def carry_out(
     progress: Progress | None,
     created: Created | None,
     done: Callable[[], None],
+    sharing: Progress | None = None,
 ) -> None:
     """Creates all files of the plan, or none. `verify` gets the unnamed files; `done` is called after the commit.
 
@@ -48,7 +49,7 @@ def carry_out(
     """
     try:
         with os_errors("cannot be written", where=target):
-            files = make(plan, transaction, progress, created)
+            files = make(plan, transaction, progress, created, sharing)
         verify(files)
         # The target records ctimes of the source: wait until a later write is sure to get another one.
         if plan.references:
@@ -76,13 +77,25 @@ def _state_left(exc: BaseException, left: str) -> None:
         vars(exc)["left"] = left
 
 
-def make(plan: Plan, transaction: Transaction, progress: Progress | None, created: Created | None = None) -> list[File]:
-    """Returns the finished files in the plan's order: durable, without their final names."""
+def make(
+    plan: Plan,
+    transaction: Transaction,
+    progress: Progress | None,
+    created: Created | None = None,
+    sharing: Progress | None = None,
+) -> list[File]:
+    """Returns the finished files in the plan's order: durable, without their final names.
+
+    `progress` gets the bytes that are copied and written, `sharing` those that are shared, which come first.
+    """
     transaction.prepare(plan)
     outputs = []
+    shared = _Steps(plan.totals.shared, sharing if plan.totals.shared else None)
     for file in plan.files:
         sources = [source for source in file.sources if isinstance(source, File)]
         output = transaction.create(file.name, file.size, sources)
+        if sharing:
+            output.on_shared = shared.add
         # Sharing is quick and may fail, so it comes before hours of copying.
         output.share(file.shares())
         outputs.append(output)

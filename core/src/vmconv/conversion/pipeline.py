@@ -252,6 +252,7 @@ def run(
     progress: Progress | None = None,
     verifying: Progress | None = None,
     created: Created | None = None,
+    sharing: Progress | None = None,
 ) -> tuple[Result, ...]:
     """Plans and executes one conversion, or several of one source as one transaction; see `vmconv.api`.
 
@@ -281,7 +282,15 @@ def run(
                 seconds = time.perf_counter() - began
                 done.extend(_result(conversion, ready, seconds) for conversion in ready.conversions)
 
-            _make(ready, verify=verify_mode(verify), progress=progress, verifying=verifying, created=created, done=note)
+            _make(
+                ready,
+                verify=verify_mode(verify),
+                progress=progress,
+                verifying=verifying,
+                created=created,
+                done=note,
+                sharing=sharing,
+            )
     except BaseException as exc:
         # For signals only, which may arrive after the commit. How much of a stream was read is unknown.
         if not isinstance(exc, Exception) and request.descriptor is None:
@@ -311,6 +320,7 @@ def _make(
     verifying: Progress | None,
     created: Created | None,
     done: Callable[[], None],
+    sharing: Progress | None,
 ) -> None:
     """Creates all files of the plan, or none; calls `done` after the commit."""
 
@@ -327,6 +337,7 @@ def _make(
         progress=progress,
         created=created,
         done=done,
+        sharing=sharing,
     )
 
 

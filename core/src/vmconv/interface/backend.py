@@ -74,6 +74,8 @@ class Output(ABC):
     """False if the output takes its bytes from the plan; then `write` and `copy` are not called."""
     reads_as_zero = True
     """False if ranges never written have to be zeroed by `zero`."""
+    on_shared: Callable[[int], None] = staticmethod(lambda _length: None)
+    """`share` may call this with the bytes shared since the last call."""
 
     @abstractmethod
     def share(self, steps: ShareSteps) -> None:
