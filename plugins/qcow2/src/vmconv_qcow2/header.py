@@ -194,23 +194,22 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
     file, at = header.file, header.snapshots_offset
     if not header.snapshot_count:
         return
-    unpack = _unpacker(structs.SnapshotHeader)
+    unpack, extra_fields, read = _unpacker(structs.SnapshotHeader), _unpacker(structs.SnapshotExtra), _in_pieces(file)
     for number in range(header.snapshot_count):
         what = f"snapshot {number}"
-        entry = unpack(read_part(file, what, at, structs.SNAPSHOT_LENGTH))
+        entry = unpack(read(what, at, structs.SNAPSHOT_LENGTH))
         l1_offset, l1_size, id_size, name_size, seconds, nanoseconds, clock, vm_state_size, extra_size = entry
         if extra_size > structs.MAX_SNAPSHOT_EXTRA:
             raise damaged(file, what, at, f"{extra_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most")
         place = at + structs.SNAPSHOT_LENGTH
         disk_size, icount = header.size, None
         if extra_size >= structs.SNAPSHOT_EXTRA_LENGTH:
-            extra = structs.SnapshotExtra.parse(read_part(file, what, place, structs.SNAPSHOT_EXTRA_LENGTH))
-            disk_size, vm_state_size = extra.disk_size, extra.vm_state_size
+            vm_state_size, disk_size = extra_fields(read(what, place, structs.SNAPSHOT_EXTRA_LENGTH))
         if extra_size >= structs.SNAPSHOT_EXTRA_LENGTH + 8:
-            count = int.from_bytes(read_part(file, what, place + structs.SNAPSHOT_EXTRA_LENGTH, 8), "big")
+            count = int.from_bytes(read(what, place + structs.SNAPSHOT_EXTRA_LENGTH, 8), "big")
             icount = None if count == structs.NO_ICOUNT else count
         place += extra_size
-        names = read_part(file, what, place, id_size + name_size)
+        names = read(what, place, id_size + name_size)
         yield Snapshot(
             id=_decode(names[:id_size]),
             name=_decode(names[id_size:]),
@@ -227,6 +226,24 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
         if at - header.snapshots_offset > structs.MAX_SNAPSHOT_TABLE:
             problem = f"the snapshot table is longer than {structs.MAX_SNAPSHOT_TABLE} bytes"
             raise damaged(file, what, header.snapshots_offset, problem)
+
+
+_PIECE = 64 << 10
+"""Bytes that are read at once of a table of short entries."""
+
+
+def _in_pieces(file: File) -> Callable[[str, int, int], bytes]:
+    """Returns `read_part` of a file as `(what, offset, length)`, for short parts one after the other."""
+    start, piece = 0, b""
+
+    def read(what: str, offset: int, length: int) -> bytes:
+        nonlocal start, piece
+        if offset < start or offset + length > start + len(piece):
+            most = max(length, min(_PIECE, file.size - offset))
+            start, piece = offset, read_part(file, what, offset, most)
+        return piece[offset - start : offset - start + length]
+
+    return read
 
 
 def read_bitmaps(header: Header) -> Iterator[Bitmap]:
