@@ -642,7 +642,7 @@ def test_formats_gives_problems_by_distribution_as_json(install: Install, capsys
 # What is not installed
 
 
-@pytest.mark.parametrize("name", ["vhdx", "vmdk", "vhd", "vdi", "parallels", "qed", "qcow2", "raw"])
+@pytest.mark.parametrize("name", ["vhdx", "vmdk", "vhd", "vdi", "parallels", "qed", "luks", "qcow2", "raw"])
 def test_a_known_format_that_is_missing_says_what_to_install(name: str) -> None:
     with pytest.raises(UsageError, match=f"format '{name}' is not installed") as caught:
         Registry().format(name)
@@ -651,7 +651,7 @@ def test_a_known_format_that_is_missing_says_what_to_install(name: str) -> None:
 
 def test_a_known_format_without_a_plugin_is_reported(install: Install) -> None:
     with pytest.raises(UsageError) as caught:
-        installed().format("luks")
+        installed().format("sparseimage")
     assert "no plugin is known to read it" in (caught.value.hint or "")
 
 

@@ -170,6 +170,7 @@ ROOMS: dict[str, Room] = {
     "vma": Room(("plugins/vma/src/vmconv_vma/*.py",), ("tests/machine/vma",)),
     "xva": Room(("plugins/xva/src/vmconv_xva/*.py",), ("tests/machine/xva",)),
     "ewf": Room(("plugins/ewf/src/vmconv_ewf/*.py",), ("tests/formats/ewf",)),
+    "luks": Room(("plugins/luks/src/vmconv_luks/*.py",), ("tests/formats/luks",)),
     "oidc": _fleet("oidc/*", "oidc_oracle oidc_provider oidc"),
     "notices": _fleet("notices/*", "resolving notices"),
     "joining": _fleet("catalogue/joining catalogue/overridden replication/merging replication/strays", "forks"),

@@ -241,6 +241,7 @@ def convert(
     bitmaps: bool = False,
     skip_broken_bitmaps: bool = False,
     more_sources: Iterable[StrPath] = (),
+    secrets: Iterable[StrPath] = (),
     confined: bool = False,
     no_create: bool = False,
     target_is_zero: bool = False,
@@ -323,6 +324,7 @@ def fanout(
     bitmaps: bool = False,
     skip_broken_bitmaps: bool = False,
     more_sources: Iterable[StrPath] = (),
+    secrets: Iterable[StrPath] = (),
     confined: bool = False,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
@@ -381,6 +383,7 @@ def stream(
     bitmaps: bool = False,
     skip_broken_bitmaps: bool = False,
     more_sources: Iterable[StrPath] = (),
+    secrets: Iterable[StrPath] = (),
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -430,6 +433,7 @@ def plan(
     bitmaps: bool = False,
     skip_broken_bitmaps: bool = False,
     more_sources: Iterable[StrPath] = (),
+    secrets: Iterable[StrPath] = (),
     confined: bool = False,
     no_create: bool = False,
     target_is_zero: bool = False,
@@ -858,6 +862,7 @@ def info(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    secrets: Iterable[StrPath] = (),
     from_snapshot: str | None = None,
 ) -> dict[str, Any]:
     """Returns the description of an image with the keys of `qemu-img info --output=json`; reads only its header."""
@@ -879,6 +884,7 @@ def map_disk(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    secrets: Iterable[StrPath] = (),
     start_offset: int = 0,
     max_length: int | None = None,
     from_snapshot: str | None = None,
@@ -910,6 +916,7 @@ def measure(
     force_share: bool = False,
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
+    secrets: Iterable[StrPath] = (),
 ) -> Measure:
     """Returns how large an image of the disk in `source`, or of an empty disk of `size` bytes, will be in a format."""
     given = locals()
@@ -929,6 +936,7 @@ def check(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    secrets: Iterable[StrPath] = (),
     payload: bool = False,
     from_snapshot: str | None = None,
 ) -> CheckReport | None:
@@ -957,6 +965,7 @@ def compare(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    secrets: Iterable[StrPath] = (),
     strict: bool = False,
 ) -> Comparison:
     """Returns the comparison of two disks as guests read them, true if equal. Reads only ranges that are not shared."""
@@ -980,6 +989,7 @@ def prove(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    secrets: Iterable[StrPath] = (),
 ) -> Proof:
     """Returns the proof, by physical addresses, that two images share payload; true if they share all of it."""
     given = locals()

@@ -58,6 +58,10 @@ class UsageError(VmconvError):
     exit_code = 2
 
 
+class SecretError(UsageError):
+    """An image is encrypted, and the user gave no passphrase. All but its payload can be read."""
+
+
 class ImageError(VmconvError):
     """An image is damaged, inconsistent, or uses an unsupported feature, which the message names."""
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         add_format,
         add_options,
         add_output,
+        add_secret,
         formatter,
     )
     from vmconv.cli.output import ProgressBar, print_json, print_table, size_text
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         PlanError,
         PluginError,
         ReadError,
+        SecretError,
         UsageError,
         VerifyError,
         VmconvError,
@@ -61,7 +63,15 @@ if TYPE_CHECKING:
     )
     from vmconv.interface.command import Command
     from vmconv.interface.findings import Findings
-    from vmconv.interface.format import BitmapChange, CheckReport, Format, FormatKind, NoOptions, SnapshotChange
+    from vmconv.interface.format import (
+        BitmapChange,
+        CheckReport,
+        Encryption,
+        Format,
+        FormatKind,
+        NoOptions,
+        SnapshotChange,
+    )
     from vmconv.interface.hooks import hookimpl
     from vmconv.interface.machines import (
         Adapted,
@@ -152,6 +162,7 @@ _HOMES = {
     "Disk": "model.disk",
     "DiskFacts": "model.facts",
     "Encoded": "model.sources",
+    "Encryption": "interface.format",
     "Extents": "model.extents",
     "File": "model.sources",
     "Findings": "interface.findings",
@@ -190,6 +201,7 @@ _HOMES = {
     "Reference": "model.layout",
     "Registry": "io.registry",
     "Reserved": "model.sources",
+    "SecretError": "errors",
     "Scratch": "model.layout",
     "SetOptions": "cli.options",
     "ShareSteps": "model.plan",
@@ -210,6 +222,7 @@ _HOMES = {
     "add_format": "cli.options",
     "add_options": "cli.options",
     "add_output": "cli.options",
+    "add_secret": "cli.options",
     "blocks": "placing.blocks",
     "clip_to_sources": "model.extents",
     "compression_of": "io.decompressing",
@@ -295,6 +308,7 @@ __all__ = [
     "DiskFacts",
     "Draft",
     "Encoded",
+    "Encryption",
     "ExistsError",
     "Extents",
     "File",
@@ -334,6 +348,7 @@ __all__ = [
     "Registry",
     "Reserved",
     "Scratch",
+    "SecretError",
     "SetOptions",
     "ShareSteps",
     "Size",
@@ -356,6 +371,7 @@ __all__ = [
     "add_format",
     "add_options",
     "add_output",
+    "add_secret",
     "blocks",
     "clip_to_sources",
     "compression_of",

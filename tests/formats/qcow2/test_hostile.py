@@ -164,6 +164,13 @@ def headers() -> Iterator[tuple[str, Case]]:
         yield f"crypt_method={method}", (image(crypt_method=method), f"crypt_method at 0x20: .*{name}")
     words = "crypt_method at 0x20: .*encryption"
     yield "encryption header", (image(extensions=extension(ENCRYPTION, bytes(16))), words)
+    for offset, length in ((0, 592), (CLUSTER + 1, 592), (CLUSTER, 2**40), (2**40, 592), (2**64 - CLUSTER, CLUSTER)):
+        place = extension(ENCRYPTION, struct.pack(">QQ", offset, length))
+        words = rf"crypt_method at 0x20: .*header of LUKS.*{offset:#x}"
+        yield f"header of LUKS at {offset:#x}, {length}", (image(crypt_method=2, extensions=place), words)
+    words = "header at 0x10000: has not the signature"
+    place = extension(ENCRYPTION, struct.pack(">QQ", CLUSTER, 592))
+    yield "header of LUKS that is none", (image(crypt_method=2, extensions=place), words)
     for bit in (5, 31, 63):
         words = rf"incompatible_features at 0x48: unknown bit {bit}$"
         yield f"unknown feature {bit}", (image(incompatible_features=1 << bit), words)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_access, add_format, add_keep_undo, add_output, reading
+from vmconv.cli.options import add_access, add_format, add_keep_undo, add_output, add_secret, reading
 from vmconv.cli.verbs import Verb
 from vmconv.errors import UsageError, printable
 
@@ -35,6 +35,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_keep_undo(parser, "FILE", "with -r, ")
     add_output(parser)
     add_access(parser)
+    add_secret(parser)
     # As in qemu-img check, 2 and 3 are findings, so a check that failed needs another code.
     parser.set_defaults(error_code=_CHECK_NOT_DONE)
 

@@ -16,6 +16,7 @@ from vmconv.cli.options import (
     add_options,
     add_output,
     add_rate,
+    add_secret,
     add_snapshot,
     add_storage,
     in_snapshot,
@@ -71,6 +72,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_making(parser)
     add_output(parser)
     add_access(parser)
+    add_secret(parser)
 
 
 VERB = Verb(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_access, add_format, add_output, columns, read_size, reading
+from vmconv.cli.options import add_access, add_format, add_output, add_secret, columns, read_size, reading
 from vmconv.cli.picture import add_picture, draw_image, print_bars
 from vmconv.cli.verbs import Verb
 from vmconv.errors import UsageError
@@ -70,6 +70,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bar", action="store_true", help="draw the disk and its files in the terminal")
     add_output(parser)
     add_access(parser)
+    add_secret(parser)
 
 
 VERB = Verb(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vmconv.cli.options import add_access, add_format, add_options, add_output, read_size
+from vmconv.cli.options import add_access, add_format, add_options, add_output, add_secret, read_size
 from vmconv.cli.verbs import Verb
 
 
@@ -19,6 +19,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-l", "--snapshot", metavar="NAME", help="measure this internal snapshot (id or name)")
     add_output(parser)
     add_access(parser)
+    add_secret(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -35,6 +36,7 @@ def _run(options: argparse.Namespace) -> int:
         force_share=options.force_share,
         allow_external=options.allow_external,
         source_backing_format=options.source_backing_format,
+        secrets=options.secrets,
     )
     if options.output == "json":
         print_json(found.as_json())

@@ -105,17 +105,31 @@ def add_backing_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_secret(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--secret",
+        dest="secrets",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="passphrase of encrypted images: all bytes of this file, also a line break at its end, as for QEMU;\n"
+        "- reads it from the terminal or a pipe. May be repeated: each is tried for each image",
+    )
+
+
 def add_access(parser: argparse.ArgumentParser) -> None:
     add_opening(parser)
     add_backing_format(parser)
 
 
 def access(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of an `Opener` from the options of `add_access`."""
+    """Returns the arguments of an `Opener` from the options of `add_access` and `add_secret`."""
     return {
         "allow_external": options.allow_external,
         "force_share": options.force_share,
         "backing_format": options.source_backing_format,
+        # Commands that change an image where it lies have no such argument.
+        "secrets": getattr(options, "secrets", ()),
     }
 
 
@@ -361,6 +375,7 @@ def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
         "force": options.force,
         "force_share": options.force_share,
         "allow_external": options.allow_external,
+        "secrets": options.secrets,
         "mode": options.mode,
     }
 

@@ -19,6 +19,7 @@ from vmconv.cli.options import (
     add_output,
     add_part,
     add_rate,
+    add_secret,
     add_snapshot,
     add_storage,
     in_snapshot,
@@ -99,6 +100,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     add_any_owner(parser, "SOURCE", when="with --in-place: ")
     add_output(parser)
     add_access(parser)
+    add_secret(parser)
 
 
 def request_of(options: argparse.Namespace, source: str, target: str) -> Request:

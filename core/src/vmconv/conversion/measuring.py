@@ -58,6 +58,7 @@ def measure(asked: Measuring) -> Measure:
         force_share=asked.force_share,
         backing_format=asked.source_backing_format,
         settle=settle,
+        secrets=asked.secrets,
     ) as opener:
         image = _image(asked, opener)
         refuse_other_kind(image.file.name, image.kind, target, registry)

@@ -33,7 +33,7 @@ from vmconv.conversion.verify import verify as verify_result
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.inspect import checking
 from vmconv.interface.arguments import Verify
-from vmconv.interface.backend import Access, Backend, Proposal, Survey, Transaction
+from vmconv.interface.backend import Backend, Proposal, Survey, Transaction
 from vmconv.io.directory import Directory
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
@@ -162,7 +162,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                     directory,
                     force=request.force,
                     durable=request.cache != "unsafe",
-                    access=Access(opener.files, request.mode),
+                    access=opener.access(request.mode),
                 )
                 yield Prepared(image, backend, conversions, plan, opener, begin)
 

@@ -61,6 +61,8 @@ class Request(NamedTuple):
 
     `offset` and `length` take bytes `[offset, offset + length)` of the source as the disk, by default up to its end.
 
+    `secrets` are files with passphrases of encrypted images; each is tried for each image.
+
     `rate` limits copying and writing, in bytes per second.
 
     `no_create` replaces the content of the existing `target`: of a block device, or of an image, whose format, options
@@ -106,6 +108,7 @@ class Request(NamedTuple):
     bitmaps: bool = False
     skip_broken_bitmaps: bool = False
     more_sources: FilePaths = ()
+    secrets: FilePaths = ()
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -192,6 +195,7 @@ class Request(NamedTuple):
             settle=refuse_interrupted if self.confined else settle,
             decompress=decompress,
             confined=self.confined,
+            secrets=self.secrets,
         )
 
     def _spool_directory(self) -> str:

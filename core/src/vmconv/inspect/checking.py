@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmconv.errors import AccessError, ImageError, ReadError, UsageError, VmconvError
+from vmconv.errors import AccessError, ImageError, ReadError, SecretError, UsageError, VmconvError
 from vmconv.interface.format import CheckReport
 from vmconv.io.opener import Opener
 from vmconv.model.image import Image
 from vmconv.model.references import Dependency, Finding, compared
 
 _MISSING = "is missing"
+_ENCRYPTED = "is encrypted, and without a passphrase (--secret) only its structure can be checked"
 _PIECE = 4 << 20
 """Bytes that are read at once for a hash."""
 
@@ -84,6 +85,8 @@ def _readable(found: CheckReport, image: Image) -> CheckReport:
     refusal = _refusal(image)
     if refusal is None:
         return found
+    if isinstance(refusal, SecretError):
+        return found._replace(doubts=(*found.doubts, f"{image.file.name}: {_ENCRYPTED}"))
     if isinstance(refusal, AccessError | ReadError):
         return found._replace(errors=(str(refusal),))
     return found._replace(corruptions=(str(refusal),), corruption_count=1)
@@ -96,7 +99,8 @@ def _with_layers(found: CheckReport, image: Image) -> CheckReport:
     errors: list[str] = []
     try:
         for layer in image.chain():
-            if layer is not image and (refusal := _refusal(layer)) is not None:
+            refusal = None if layer is image else _refusal(layer)
+            if refusal is not None and not isinstance(refusal, SecretError):
                 errors.append(str(refusal))
     except VmconvError as exc:
         errors.append(str(exc))

@@ -10,6 +10,7 @@ from vmconv.inplace.settling import settle
 from vmconv.interface.arguments import ImagePair, Reading
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
+from vmconv.io.secrets import Secrets
 from vmconv.model.image import Image
 
 
@@ -17,7 +18,7 @@ from vmconv.model.image import Image
 def opened(asked: Reading, *, content_decides: bool = False) -> Iterator[tuple[Image, Opener]]:
     """Yields one image and the opener that holds its files; see `Opener.image` for `content_decides`."""
     path = in_snapshot(asked.path, asked.from_snapshot)
-    with _opener(asked) as opener:
+    with _opener(asked, Secrets(asked.secrets)) as opener:
         yield opener.image(path, asked.format_name, content_decides=content_decides), opener
 
 
@@ -34,14 +35,16 @@ def in_snapshot(path: str, wanted: str | None) -> str:
 def both(asked: ImagePair) -> Iterator[tuple[Image, Image]]:
     """Yields two images."""
     # One opener each: a file that one image may refer to is off limits to the other.
-    with _opener(asked) as left, _opener(asked, "-F") as right:
+    # A pipe can be read only once.
+    secrets = Secrets(asked.secrets)
+    with _opener(asked, secrets) as left, _opener(asked, secrets, "-F") as right:
         one, other = left.image(asked.left, asked.left_format), right.image(asked.right, asked.right_format)
         if one.kind != other.kind:
             raise UsageError(f"{one.file.name} is of kind {one.kind}, {other.file.name} of kind {other.kind}")
         yield one, other
 
 
-def _opener(asked: Reading | ImagePair, format_option: str = "-f") -> Opener:
+def _opener(asked: Reading | ImagePair, secrets: Secrets, format_option: str = "-f") -> Opener:
     return Opener(
         installed(),
         allow_external=asked.allow_external,
@@ -49,4 +52,5 @@ def _opener(asked: Reading | ImagePair, format_option: str = "-f") -> Opener:
         backing_format=asked.backing_format,
         format_option=format_option,
         settle=settle,
+        secrets=secrets,
     )

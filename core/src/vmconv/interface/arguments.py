@@ -147,6 +147,7 @@ class Reading(NamedTuple):
     allow_external: FilePaths = ()
     force_share: bool = False
     from_snapshot: str | None = None
+    secrets: FilePaths = ()
 
 
 class CheckOptions(NamedTuple):
@@ -173,6 +174,7 @@ class ImagePair(NamedTuple):
     allow_external: FilePaths = ()
     force_share: bool = False
     strict: bool = False
+    secrets: FilePaths = ()
 
 
 class RestoreOptions(NamedTuple):
@@ -208,6 +210,7 @@ class Measuring(NamedTuple):
     force_share: bool = False
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
+    secrets: FilePaths = ()
 
 
 class Editing(NamedTuple):

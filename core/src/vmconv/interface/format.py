@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vmconv.model.image import Image
     from vmconv.model.layer import WritableLayer
     from vmconv.model.layout import Backing, Layout, Placement
-    from vmconv.model.sources import File
+    from vmconv.model.sources import Decoded, File
 
 
 FormatKind = Literal["disk", "memory"]
@@ -74,6 +74,17 @@ class SnapshotChange(NamedTuple):
     verb: SnapshotVerb
     name: str
     time: int = 0
+
+
+class Encryption(NamedTuple):
+    """How the payload of a file is encrypted: `facts` for `info`, under QEMU's names, without a passphrase.
+
+    `decrypted(size)` returns the first `size` bytes of the file as they are decrypted: its sectors are numbered from
+    its beginning. It derives the key from the user's passphrases, and raises `SecretError` if there are none.
+    """
+
+    facts: Mapping[str, Any]
+    decrypted: Callable[[int], Decoded]
 
 
 class Format:
@@ -136,6 +147,12 @@ class Format:
         snapshot to read instead of the current state. Raises `ImageError` if the image is damaged or not supported.
         """
         raise NotImplementedError(f"{self.name} has no reader")
+
+    def encryption(self, file: File, opener: Opener, offset: int, length: int) -> Encryption:
+        """Returns what a header of this format says that lies inside an image of another, at bytes `[offset, offset +
+        length)` of `file`. Raises `ImageError` if it is damaged or not supported.
+        """
+        raise NotImplementedError(f"{self.name} is no encryption")
 
     def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
         """Returns the layout of `image.flat`, or of `image.guest` on top of `backing`.

@@ -92,10 +92,9 @@ KNOWN = (
     Known(
         "luks",
         "LUKS encrypted disk",
-        None,
+        "vmconv-luks",
         (".luks",),
         ((0, b"LUKS\xba\xbe"),),
-        hint="cryptsetup open makes a device of it that can be converted",
     ),
     Known(
         "bochs",

@@ -18,8 +18,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from vmconv.errors import AccessError, ImageError, PluginError, os_errors, warn
+from vmconv.interface.backend import Access
 from vmconv.io import locks
 from vmconv.io.known import KNOWN
+from vmconv.io.secrets import Secrets
 from vmconv.model import paths
 from vmconv.model.sources import File, inside
 
@@ -38,6 +40,7 @@ STANDARD_INPUT = "-"
 """Not accepted as the name of a source."""
 
 _SHOWN = 3
+_OWNER_ONLY = 0o600
 
 # The file is gone, not readable for this user, or not openable at all, so it cannot be the parent.
 _NO_CANDIDATE = frozenset(
@@ -58,8 +61,9 @@ class Opener:
     for hints; empty if there is none. `acting` surrounds path lookups only: a mount opens files with the permissions of
     the calling user. `settle` is called with the path of each file before it is opened, to recover an interrupted
     conversion. Without it an opener changes nothing. `decompress` returns the content of the compressed file that the
-    user named. A `confined` opener opens only files in `allow_external`: also the file that the user named has to lie
-    there, wherever directories are renamed or replaced by links meanwhile.
+    user named. `secrets` are files with passphrases of encrypted images, see `vmconv.io.secrets`. A `confined` opener
+    opens only files in `allow_external`: also the file that the user named has to lie there, wherever directories are
+    renamed or replaced by links meanwhile.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Opener:
         settle: Callable[[str], None] | None = None,
         decompress: Callable[[File], File] | None = None,
         confined: bool = False,
+        secrets: Secrets | Iterable[str] = (),
     ) -> None:
         self.registry = registry
         self.files: list[File] = []
@@ -83,6 +88,7 @@ class Opener:
         self._settle = settle
         self._decompress = decompress
         self._confined = confined
+        self._secrets = secrets if isinstance(secrets, Secrets) else Secrets(secrets)
         # Fails early for an unknown format, even if no image needs it.
         self._backing_format = None if backing_format is None else registry.format(backing_format).name
         self._format_option = format_option
@@ -100,6 +106,20 @@ class Opener:
     def close(self) -> None:
         while self.files:
             self.files.pop().close()
+        self._secrets.close()
+
+    def passphrases(self, file: File) -> tuple[bytes, ...]:
+        """Returns the passphrases to try for an encrypted image. Raises `SecretError` if the user gave none."""
+        return self._secrets.for_image(file.name)
+
+    def access(self, mode: int | None = None) -> Access:
+        """Returns the permissions of files that are made of what was opened; `mode` is the user's.
+
+        Who cannot read the passphrase of an encrypted image cannot read what was made of it.
+        """
+        if mode is None and self._secrets.typed:
+            mode = _OWNER_ONLY
+        return Access((*self.files, *self._secrets.files()), mode)
 
     def image(
         self, path: str, format_name: str | None = None, *, snapshot: str | None = None, content_decides: bool = False

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from vmconv.errors import PlanError, UsageError
 from vmconv.interface.format import Format
-from vmconv.io.registry import Registry
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement
@@ -29,7 +28,7 @@ from vmconv.testing.disks import (
 )
 from vmconv.testing.malformed import Sample
 from vmconv.testing.memory import MemoryFile
-from vmconv.testing.reading import ReaderTests, Siblings
+from vmconv.testing.reading import ReaderTests
 from vmconv.testing.stacking import StackingTests
 from vmconv.testing.strategies import disks
 
@@ -87,7 +86,7 @@ class FormatTests(ReaderTests, StackingTests):
     def read(self, files: Sequence[MemoryFile], layout: Layout) -> Image:
         names: dict[str, File] = {out.name: file for out, file in zip(layout.files, files, strict=True) if out.name}
         names |= {reference.name: reference.file for reference in layout.references}
-        return self.format.read(files[-1], Siblings(Registry({self.format.name: self.format}), names))
+        return self.format.read(files[-1], self.opener(names))
 
     def round_trip(self, image: Image, variant: Mapping[str, str], modulus: int = 512) -> Image:
         layout = self.write(image, variant, modulus)

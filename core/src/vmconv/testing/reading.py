@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from types import MappingProxyType
 from typing import ClassVar
 
 import pytest
@@ -32,8 +33,9 @@ _HEAVY = ("numpy", "construct", "pydantic", "zstandard")
 class Siblings(Opener):
     """An opener for the files of one image in memory."""
 
-    def __init__(self, registry: Registry, files: Mapping[str, File]) -> None:
+    def __init__(self, registry: Registry, files: Mapping[str, File], passphrases: Sequence[bytes] = ()) -> None:
         super().__init__(registry)
+        self._passphrases = tuple(passphrases)
         self._siblings = files
         self.asked: list[str] = []
 
@@ -42,6 +44,9 @@ class Siblings(Opener):
         if reference not in self._siblings:
             return super().related(origin, reference, role, moved=moved)
         return self._siblings[reference]
+
+    def passphrases(self, file: File) -> tuple[bytes, ...]:
+        return self._passphrases or super().passphrases(file)
 
     def companion(self, origin: File, suffixes: Sequence[str], role: str) -> tuple[str, File] | None:
         found = (name for suffix in suffixes for name in self._siblings if name.endswith(suffix))
@@ -59,6 +64,8 @@ class ReaderTests:
     """What `sound` makes images of; each test that reads runs for each."""
     facts: ClassVar[DiskFacts] = DiskFacts()
     """A value for each fact that the format carries."""
+    passphrases: ClassVar[Sequence[bytes]] = ()
+    """Those of the images, for a format that is encrypted."""
     has_signature: ClassVar[bool] = True
     """False for a format without a signature."""
 
@@ -76,7 +83,10 @@ class ReaderTests:
         """Updates the checksums of a modified image; override it for a format with checksums."""
 
     def open_sample(self, data: bytes) -> Image:
-        return self.format.read(image_file(data), Siblings(Registry({self.format.name: self.format}), {}))
+        return self.format.read(image_file(data), self.opener())
+
+    def opener(self, files: Mapping[str, File] = MappingProxyType({})) -> Siblings:
+        return Siblings(Registry({self.format.name: self.format}), files, self.passphrases)
 
     def each_variant(self) -> Iterator[Mapping[str, str]]:
         yield from self.variants
@@ -153,7 +163,7 @@ class ReaderTests:
         Fails if payload overlaps without a warning, or the check passes tables that the reader refuses.
         """
         try:
-            image = self.format.read(file, Siblings(Registry({self.format.name: self.format}), {}))
+            image = self.format.read(file, self.opener())
         except VmconvError as exc:
             return _message(exc)
         try:

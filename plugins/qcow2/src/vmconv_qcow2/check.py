@@ -84,6 +84,8 @@ class Check:
         # Damage of the counts themselves hides no references.
         self.is_partial = False
         self._count(0, 1)
+        if header.encryption:
+            self._place("header of LUKS", *header.encryption)
         needed = -(-size // (self.cluster * header.l2_entries))
         if header.l1_size < needed:
             place = Structure(self.file, structs.HeaderV2).offset_of("l1_size")

@@ -86,6 +86,8 @@ class Header(NamedTuple):
     records: tuple[str, ...] = ()
     bitmaps: Any = None
     unknown_extensions: tuple[int, ...] = ()
+    encryption: tuple[int, int] | None = None
+    """Offset and length of the header of LUKS."""
 
     @property
     def cluster_size(self) -> int:
@@ -138,9 +140,7 @@ def read_header(file: File) -> Header:
     end = basic.backing_file_offset or cluster_size
     stored = dict(extensions(file, length, min(end, file.size)))
     _refuse_unknown_features(newer_head, fields["incompatible"], stored.get(structs.FEATURE_NAMES, b""))
-    if basic.crypt_method or structs.ENCRYPTION in stored:
-        method = structs.CRYPT_METHODS.get(basic.crypt_method, f"method {basic.crypt_method}")
-        raise head.damaged("crypt_method", f"{method} encryption is not supported")
+    encryption = _encryption(head, basic.crypt_method, stored.get(structs.ENCRYPTION), cluster_size)
     if compression not in structs.COMPRESSION_TYPES:
         raise additional_head.damaged("compression_type", f"{compression} is neither 0 (zlib) nor 1 (zstd)")
     if bool(compression) != bool(fields["incompatible"] & structs.COMPRESSION):
@@ -162,12 +162,15 @@ def read_header(file: File) -> Header:
         data_file=_text(stored.get(structs.DATA_FILE_NAME)),
         records=tuple(_decode(stored.get(structs.RECORDS, b"")).split("\0")),
         bitmaps=_bitmaps(file, stored, fields["autoclear"]),
+        encryption=encryption,
         unknown_extensions=tuple(sorted(stored.keys() - _KNOWN_EXTENSIONS)),
         **fields,
     )
     head.limit("nb_snapshots", header.snapshot_count, 0, structs.MAX_SNAPSHOTS)
     if header.incompatible & structs.EXTERNAL_DATA and not header.data_file:
         raise newer_head.damaged("incompatible_features", "an external data file that no header extension names")
+    if header.encryption and header.incompatible & structs.EXTERNAL_DATA:
+        raise head.damaged("crypt_method", "LUKS encryption of an external data file is not supported")
     if header.extended_l2 and cluster_size < 1 << 14:
         raise head.damaged("cluster_bits", f"{basic.cluster_bits} is too small for extended L2 entries")
     return header
@@ -309,6 +312,25 @@ def extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
 def build_extension(kind: int, data: bytes) -> bytes:
     """Returns a header extension, padded."""
     return bytes(structs.Extension.build({"type": kind, "length": len(data)})) + data + bytes(-len(data) % 8)
+
+
+def _encryption(head: Structure, method: int, stored: bytes | None, cluster_size: int) -> tuple[int, int] | None:
+    """Returns offset and length of the header of LUKS, None for an image that is not encrypted."""
+    if not method and stored is None:
+        return None
+    if method != structs.CRYPT_LUKS:
+        name = structs.CRYPT_METHODS.get(method, f"method {method}")
+        hint = "qemu-img convert of QEMU before 2.10 decrypts it" if method == 1 else None
+        raise head.damaged("crypt_method", f"{name} encryption is not supported", hint=hint)
+    if stored is None or len(stored) != structs.Encryption.sizeof():
+        raise head.damaged("crypt_method", "LUKS without a valid extension that says where its header is")
+    place = structs.Encryption.parse(stored)
+    if place.offset % cluster_size or not place.offset or place.length > structs.MAX_ENCRYPTION_HEADER:
+        raise head.damaged("crypt_method", f"a header of LUKS of {place.length} bytes at {place.offset:#x}")
+    if place.offset + place.length > head.file.size:
+        problem = f"the header of LUKS at {place.offset:#x} reaches past the end of the file ({head.file.size:#x})"
+        raise head.damaged("crypt_method", problem)
+    return place.offset, place.length
 
 
 def _refuse_unknown_features(head: Structure, features: int, names: bytes) -> None:

@@ -13,6 +13,7 @@ from vmconv.plugin import (
     GUEST,
     Column,
     Dependency,
+    Encryption,
     Extents,
     File,
     Image,
@@ -52,6 +53,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         chosen = _snapshot(header, snapshot)
         size, l1_offset, l1_size = chosen.disk_size, chosen.l1_offset, chosen.l1_size
     payload = file
+    encryption = _encryption(header, opener)
     if header.incompatible & structs.EXTERNAL_DATA:
         payload = opener.related(file, header.data_file or "", "data file")
 
@@ -59,7 +61,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         mapper = _Mapper(header, payload, size)
         table = mapper.table(l1_offset, l1_size)
         image.warnings += tuple(mapper.shared(table, l1_offset))
-        return table
+        return _decrypted(table, header, encryption) if encryption else table
 
     def load_places() -> Extents:
         return _Mapper(header, payload, size, places=True).table(l1_offset, l1_size)
@@ -78,11 +80,27 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         parent_format=header.backing_format,
         losses=tuple(_losses(header, snapshot)),
         warnings=tuple(_warnings(header)),
-        details=lambda: _details(image, header),
+        details=lambda: _details(image, header, encryption),
         dependencies=tuple(_dependencies(header)),
         shows_holes=lambda shown: shown is file and _is_preallocated(header),
     )
     return image
+
+
+def _encryption(header: Header, opener: Opener) -> Encryption | None:
+    """Returns the encryption of the payload; None if there is none. Its header is that of another format."""
+    if header.encryption is None:
+        return None
+    return opener.registry.format("luks").encryption(header.file, opener, *header.encryption)
+
+
+def _decrypted(table: Extents, header: Header, encryption: Encryption) -> Extents:
+    """Returns the table with windows onto decrypted payload; sectors are numbered by their place in the file."""
+    # QEMU decrypts zeros where the file ends before a cluster does.
+    file = header.file
+    whole = -(-file.size // header.cluster_size) * header.cluster_size
+    plain = encryption.decrypted(whole)
+    return Extents(table.size, table.columns, [plain if source is file else source for source in table.sources])
 
 
 def _is_preallocated(header: Header) -> bool:
@@ -106,6 +124,8 @@ def options_of(image: Image) -> Options:
     header = read_header(image.file)
     if header.data_file:
         raise PlanError(f"{image.file.name}: its payload lies in the data file {header.data_file!r}")
+    if header.encryption:
+        raise PlanError(f"{image.file.name}: is encrypted, and vmconv does not encrypt qcow2")
     return Options(
         cluster_size=header.cluster_size,
         compat="1.1" if header.version == 3 else "0.10",
@@ -118,6 +138,8 @@ def options_of(image: Image) -> Options:
 
 def qemu_incompatibility(image: Image) -> str | None:
     """Returns why QEMU cannot read this image, or reads another disk; None if it reads the same."""
+    if image.details.get("encrypted"):
+        return "QEMU needs the passphrase to read it"
     data_file = image.details["format-specific"]["data"].get("data-file")
     if data_file and not os.path.isabs(data_file):
         return f"QEMU looks for the data file {data_file!r} in its working directory"
@@ -153,6 +175,8 @@ def _parameters(text: str) -> dict[str, str]:
 
 
 def _losses(header: Header, snapshot: str | None) -> Iterator[str]:
+    if header.encryption:
+        yield "its encryption: passphrases, key and cipher"
     yield from losses_of_bitmaps(header)
     others = header.snapshot_count - (snapshot is not None)
     if others:
@@ -169,7 +193,7 @@ def _warnings(header: Header) -> Iterator[str]:
         yield f"{name}: was not closed cleanly; its reference counts may be wrong, its content is not affected"
 
 
-def _details(image: Image, header: Header) -> Mapping[str, Any]:
+def _details(image: Image, header: Header, encryption: Encryption | None) -> Mapping[str, Any]:
     """Returns qemu-img's format-specific facts, under its names.
 
     A damaged list of snapshots or bitmaps ends at the damage, with a warning, because reading does not need it.
@@ -184,10 +208,13 @@ def _details(image: Image, header: Header) -> Mapping[str, Any]:
     if header.data_file:
         facts["data-file"] = header.data_file
         facts["data-file-raw"] = bool(header.autoclear & structs.RAW_EXTERNAL_DATA)
+    if encryption:
+        facts["encrypt"] = {"format": "luks", **encryption.facts}
     if header.bitmaps is not None:
         facts["bitmaps"] = list(_undamaged(image, (bitmap.facts() for bitmap in read_bitmaps(header))))
     return {
         "cluster-size": header.cluster_size,
+        **({"encrypted": True} if encryption else {}),
         "dirty-flag": bool(header.incompatible & structs.DIRTY),
         "snapshots": list(_undamaged(image, (snapshot.facts() for snapshot in read_snapshots(header)))),
         "format-specific": {"type": "qcow2", "data": facts},
@@ -291,6 +318,8 @@ class _Mapper:
             usage.add("L2 table", self.tables[self.tables != 0], header.cluster_size)
             length = header.refcount_table_clusters * header.cluster_size
             usage.add("refcount table", [header.refcount_table_offset], length)
+            if header.encryption:
+                usage.add("header of LUKS", [header.encryption[0]], header.encryption[1])
         usage.add_windows(table, self.payload)
         address, place = self.compressed.places()
         usage.add_each(GUEST, place, np.ones_like(place), address)

@@ -59,6 +59,9 @@ LAZY_REFCOUNTS = 1
 BITMAPS_CONSISTENT, RAW_EXTERNAL_DATA = 1, 2
 
 CRYPT_METHODS = {1: "AES", 2: "LUKS"}
+CRYPT_LUKS = 2
+MAX_ENCRYPTION_HEADER = 64 << 20
+"""Bytes; QEMU makes 2 MiB."""
 COMPRESSION_TYPES = {0: "zlib", 1: "zstd"}
 
 # Header extensions
@@ -75,6 +78,8 @@ RECORDS = 0x766D6372
 """vmconv's ("vmcr"): records of the files that the image refers to, separated by NUL; QEMU preserves it."""
 
 FeatureName = Struct("type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
+
+Encryption = Struct("offset" / Int64ub, "length" / Int64ub)
 
 Bitmaps = Struct("nb_bitmaps" / Int32ub, Padding(4), "directory_size" / Int64ub, "directory_offset" / Int64ub)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vmconv.plugin import Command, access, add_access
+from vmconv.plugin import Command, access, add_access, add_secret
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="show only these, such as qcow2,vmdk-monolithicFlat; the name of a format stands for all its subformats",
     )
     add_access(parser)
+    add_secret(parser)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from vmconv.plugin import (
     add_access,
     add_format,
     add_options,
+    add_secret,
     counted,
     printable,
 )
@@ -63,6 +64,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--persistent", action="store_true", help="keep running after the last client")
     parser.add_argument("--fork", action="store_true", help="go to the background once clients can connect")
     add_access(parser)
+    add_secret(parser)
 
 
 def _add_tls(parser: argparse.ArgumentParser) -> None:

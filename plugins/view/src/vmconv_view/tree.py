@@ -64,7 +64,7 @@ class Tree:
     """The directories and files of a mount of `directory`; paths are relative, "" is the root.
 
     `only` is the name of the one image that is shown; by default all are. `formats` are the names of the formats or
-    variants that are shown; by default all are.
+    variants that are shown; by default all are. `secrets` are for the user who mounts.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Tree:
         allow_external: Iterable[str] = (),
         force_share: bool = False,
         backing_format: str | None = None,
+        secrets: Iterable[str] = (),
         only: str | None = None,
         formats: Collection[str] = (),
     ) -> None:
@@ -85,6 +86,7 @@ class Tree:
         self._trees = (self._directory, *(os.path.realpath(tree) for tree in self._external))
         self._force_share = force_share
         self._backing_format = backing_format
+        self._secrets = tuple(secrets)
         kinds: tuple[FormatKind, ...] = ("disk", "memory")
         self._variants: Mapping[str, Mapping[str, Shown]] = {kind: shown(registry, kind, formats) for kind in kinds}
         self._entries: OrderedDict[tuple[Rights, str], Entry] = OrderedDict()
@@ -191,6 +193,8 @@ class Tree:
             force_share=self._force_share,
             backing_format=self._backing_format,
             format_option="",
+            # What the mounting user may decrypt is not for others.
+            secrets=self._secrets if rights is OWN else (),
             acting=None if rights is OWN else rights.acting,
             # Another user's access must not trigger recovery of an interrupted conversion.
             settle=settle if rights is OWN else None,
