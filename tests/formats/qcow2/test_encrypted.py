@@ -65,16 +65,14 @@ def test_layers_of_a_chain_are_decrypted(made: Path, tmp_path: Path, qemu_img: Q
     object_ = f"secret,id=s,file={made / 'secret'}"
     if name == "top":
         base = make_disk(tmp_path / "base.raw", SIZE, pieces=5, seed=7)
-        top, stated = whole, ("driver=qcow2", "encrypt.key-secret=s", f"file.filename={whole}", "backing.driver=raw")
+        top, stated = whole, ["driver=qcow2", "encrypt.key-secret=s", f"file.filename={whole}", "backing.driver=raw"]
         qemu_img("rebase", "-u", "-b", base, "-F", "raw", "--object", object_, *_opened(whole))
     else:
         top = tmp_path / "top.qcow2"
         qemu_img("create", "-u", "-f", "qcow2", "-b", whole, "-F", "qcow2", top, str(SIZE))
-        stated = ("driver=qcow2", f"file.filename={top}", "backing.driver=qcow2", "backing.encrypt.key-secret=s")
-    if name == "top":
-        stated = (*stated, f"backing.file.filename={tmp_path / 'base.raw'}")
-    else:
-        stated = (*stated, f"backing.file.filename={whole}")
+        stated = ["driver=qcow2", f"file.filename={top}", "backing.driver=qcow2", "backing.encrypt.key-secret=s"]
+    below = tmp_path / "base.raw" if name == "top" else whole
+    stated.append(f"backing.file.filename={below}")
     theirs = tmp_path / "theirs.raw"
     qemu_img("convert", "--object", object_, "--image-opts", ",".join(stated), "-O", "raw", theirs)
     vmconv.convert(top, tmp_path / "ours.raw", secrets=[made / "secret"])
