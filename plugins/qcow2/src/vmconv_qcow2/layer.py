@@ -63,6 +63,7 @@ def open_layer(image: Image, descriptor: int) -> Layer:
         ("incompatible features", header.incompatible, 0),
         ("autoclear features", header.autoclear, 0),
         ("snapshots", header.snapshot_count, 0),
+        ("encryption", "luks" if header.encryption else "none", "none"),
     ):
         if found != wanted:
             raise PlanError(
