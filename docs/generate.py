@@ -275,7 +275,7 @@ def changelog(current: str, release: str | None = None) -> str:
 
 
 def _release(version: str, date: str) -> None:
-    versions.set_version(ROOT, version)
+    versions.set_version(ROOT, version, date)
     CHANGELOG.write_text(changelog(CHANGELOG.read_text(), f"{version} ({date})"))
     for paths in fragments().values():
         for path in paths:
