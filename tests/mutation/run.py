@@ -123,6 +123,8 @@ ROOMS: dict[str, Room] = {
     ),
     "usage": _core("model/identity model/usage interface/findings", "usage check identity"),
     "reading": _core("conversion/walk conversion/readback inspect/comparison", "readback verifying comparison"),
+    "draft": _core("model/draft", "draft"),
+    "strips": _core("inspect/strips", "pictures"),
     "physical": _core("io/physical", "physical proof"),
     "verify": _core("conversion/verify conversion/results", "verify verifying conversion"),
     "files": _core(
