@@ -398,6 +398,17 @@ def test_unsound_records_of_another_node_are_tolerated(api: Served, pair: Sequen
     assert api.local.everything("/api/v1/records/future-kind")[0]["body"] == {"anything": [1, 2]}
 
 
+def test_a_retired_node_is_asked_for_nothing(api: Served, pair: Sequence[Node]) -> None:
+    """It would never answer: who takes its storage is another node."""
+    retired = "f" * 32
+    pair[1].write(retirement_named(retired, "n09"), retirement(retired))
+    pair[0].body_when(pair[1].id, "retirement", retired, lambda _record: True)
+    for owner in ("n09", retired):
+        with pytest.raises(UsageError, match="node n09 is retired: it answers no requests"):
+            api.local.call("POST", f"/api/v1/datastores/{owner}/images/take", {})
+    assert not pair[0].service.view().find("request", pair[0].id)
+
+
 def test_a_retired_node_is_history(api: Served, pair: Sequence[Node]) -> None:
     retired = "f" * 32
     pair[1].write(retirement_named(retired, "n09"), retirement(retired))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from vmconv_fleet import config as settings
 from vmconv_fleet.catalogue import kinds
-from vmconv_fleet.node import daemon
+from vmconv_fleet.node import daemon, memory
 from vmconv_fleet.testing import PATIENCE, Driven, Lab, wait_until
 
 HEAVY = (
@@ -64,3 +65,66 @@ def test_a_daemon_gives_memory_back_as_long_as_nothing_ends_it(monkeypatch: pyte
     monkeypatch.setattr(daemon, "release", lambda: released.append(True))
     assert daemon._next(Quiet(3)) == signal.SIGTERM  # type: ignore[arg-type]
     assert len(released) == 3
+
+
+class Library:
+    """The C library of a test: it notes its calls."""
+
+    def __init__(self, *missing: str) -> None:
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+        self._missing = missing
+
+    def __call__(self, name: None) -> Library:
+        assert name is None
+        return self
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        if name in self._missing:
+            raise AttributeError(name)
+        return lambda *values: self.calls.append((name, tuple(getattr(one, "value", one) for one in values))) or 1
+
+
+def test_heaps_are_bounded_and_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library()
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    memory.bound_heaps()
+    memory.release()
+    # M_ARENA_MAX of malloc.h; two heaps.
+    assert library.calls == [("mallopt", (-8, 2)), ("malloc_trim", (0,))]
+
+
+def test_another_c_library_than_glibc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", Library("mallopt", "malloc_trim"))
+    memory.bound_heaps()
+    memory.release()
+
+    def none(_name: None) -> None:
+        raise OSError("no C library")
+
+    monkeypatch.setattr(ctypes, "CDLL", none)
+    memory.bound_heaps()
+    memory.release()
+
+
+def test_freed_heap_is_really_given_back() -> None:
+    """In a process of its own: glibc keeps what is free between pieces in use."""
+    script = """
+import ctypes
+from vmconv_fleet.node.memory import release
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) << 12
+pieces = [libc.malloc(4000) for _ in range(4000)]
+for piece in pieces:
+    ctypes.memset(piece, 1, 4000)
+for piece in pieces[:-1]:
+    libc.free(piece)
+before = resident()
+release()
+print(before - resident() > 8_000_000)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

@@ -176,6 +176,8 @@ ROOMS: dict[str, Room] = {
     "oidc": _fleet("oidc/*", "oidc_oracle oidc_provider oidc"),
     "notices": _fleet("notices/*", "resolving notices"),
     "joining": _fleet("catalogue/joining catalogue/overridden replication/merging replication/strays", "forks"),
+    "idle": _fleet("node/memory node/room", "room memory"),
+    "peers": _fleet("links/peers", "peers"),
     "starting": _fleet("jobs/starting trust/groups", "starting rights handlers"),
 }
 

@@ -107,11 +107,14 @@ async def ask(
 ) -> Answer:
     """Submits a request to the owner `target` for the caller, and waits up to `wait` seconds for the response.
 
-    Raises AccessError at once if the caller lacks the role: the owner would refuse it as well. Raises
-    UnknownCallerError if the caller's token ends while it waits; the request stays.
+    Raises AccessError at once if the caller lacks the role: the owner would refuse it as well. Raises UsageError if the
+    authority has retired the owner. Raises UnknownCallerError if the caller's token ends while it waits; the request
+    stays.
     """
     given = arguments_of(verb, arguments).given()
     state.refuse_while_held()
+    if target in (retired := state.service.retirements()):
+        raise UsageError(f"node {retired[target] or target} is retired: it answers no requests")
     refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms(), arguments=given)
     by = caller.by.plain()
     async with state.bus.listener() as listener:
