@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,10 +79,14 @@ class Library:
         assert name is None
         return self
 
-    def __getattr__(self, name: str) -> Callable[..., int]:
+    def __getattr__(self, name: str) -> Callable[..., None]:
         if name in self._missing:
             raise AttributeError(name)
-        return lambda *values: self.calls.append((name, tuple(getattr(one, "value", one) for one in values))) or 1
+
+        def called(*values: Any) -> None:
+            self.calls.append((name, tuple(getattr(one, "value", one) for one in values)))
+
+        return called
 
 
 def test_heaps_are_bounded_and_freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from fleet.plain import node_id
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.links.peers import AT_ONCE, DEGREE, Dialler, dialled, links_of
+from vmconv_fleet.links.peers import DEGREE, Dialler, dialled, links_of
 from vmconv_fleet.links.zenoh_config import MESH
 from vmconv_fleet.trust.addresses import MAX_ANNOUNCED, dialable
 
@@ -93,14 +93,14 @@ def test_a_large_fleet_is_one_with_few_links_and_survives_losses() -> None:
     for _ in range(4):
         world.step()
     assert world.parts() == 1
-    assert len(world.links) <= len(world.ids) * DEGREE
+    assert len(world.links) <= len(world.ids) * 8
     for node in random.sample(world.ids, len(world.ids) * 3 // 4):
         world.split({node: -1})
     for _ in range(20):
         world.step()
     assert world.parts() == 1
     alive = [node for node in world.ids if world.side[node] == 0]
-    assert all(sum(node in link for link in world.links) >= DEGREE for node in alive)
+    assert all(sum(node in link for link in world.links) >= 8 for node in alive)
 
 
 def test_the_parts_of_a_large_fleet_come_together_after_a_partition() -> None:
@@ -129,6 +129,42 @@ def test_a_missing_member_costs_less_and_less_probes() -> None:
         world.step()
     assert len(world.links) == 1
     assert world.probes.total() <= before + 3
+
+
+def test_a_missing_member_is_probed_after_an_eighth_of_its_absence() -> None:
+    """But not before two seconds, and after a minute at the latest."""
+    probed: list[float] = []
+    now = 0.0
+    member = node_id(1)
+    records = {member: {"links": ["10.0.0.2:7447"]}}
+    config = replace(CONFIG, node=node_id(0))
+    dialler = Dialler(config, lambda: [member], records.__getitem__, lambda _address: probed.append(now))
+    while now < 2000:
+        dialler.look([], now)
+        now += 0.25
+    expected = [2.0]
+    while (following := expected[-1] + min(max(2.0, expected[-1] / 8), 60.0)) < 2000:
+        # The next look.
+        expected.append(-(-following // 0.25) * 0.25)
+    assert probed == expected
+
+
+def test_the_longest_absent_are_probed_last() -> None:
+    probed: list[str] = []
+    members: list[str] = []
+    records = {node_id(n): {"links": [f"10.0.0.{n}:7447"]} for n in range(1, 60)}
+    config = replace(CONFIG, node=node_id(0))
+    dialler = Dialler(config, lambda: members, records.__getitem__, probed.append)
+    members += [node_id(n) for n in range(30, 60)]
+    dialler.look([], 0.0)
+    dialler.look([], 2.0)
+    assert len(probed) == 30
+    members += [node_id(n) for n in range(1, 30)]
+    dialler.look([], 2.5)
+    probed.clear()
+    dialler.look([], 10.0)
+    assert {f"10.0.0.{n}:7447" for n in range(1, 30)} < {*probed}
+    assert len(probed) == 32
 
 
 def test_a_member_that_names_the_addresses_of_others_is_probed_seldom_and_not_dialled() -> None:
@@ -160,7 +196,7 @@ def test_a_look_probes_a_bounded_number_of_members() -> None:
     world.split(dict.fromkeys(world.ids[1:], -1))
     world.step()
     world.step()
-    assert world.probes.total() == 4 * AT_ONCE
+    assert world.probes.total() == 32
 
 
 def test_without_gossip_only_the_seeds_are_dialled() -> None:
@@ -177,7 +213,11 @@ def test_the_choice_is_repeatable_and_differs_between_nodes() -> None:
     chosen = [tuple(dialled(node, ids, lambda _node: False)) for node in ids]
     assert chosen == [tuple(dialled(node, Random(5).sample(ids, 200), lambda _node: False)) for node in ids]
     assert len(set(chosen)) == 200
+    assert {len(one) for one in chosen} == {DEGREE} == {8}
     assert max(Counter(node for one in chosen for node in one).values()) < 4 * DEGREE
+    order = sorted(ids)
+    following = dict(zip(order, [*order[1:], order[0]], strict=True))
+    assert [one[0] for one in chosen] == [following[node] for node in ids]
 
 
 @pytest.mark.parametrize(

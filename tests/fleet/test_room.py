@@ -15,7 +15,7 @@ import pytest
 from support.requirements import missing
 from vmconv.plugin import VmconvError
 from vmconv_fleet.node.lock import running
-from vmconv_fleet.node.room import ROOM, wait_for_room
+from vmconv_fleet.node.room import wait_for_room
 from vmconv_fleet.testing import PATIENCE, Driven, Lab, wait_until
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -25,8 +25,9 @@ def answers(monkeypatch: pytest.MonkeyPatch, *found: OSError | None) -> list[OSE
     """Lets the filesystem answer so, one after the other; returns the answers that are left."""
     left = list(found)
 
-    def allocate(_descriptor: int, _offset: int, size: int) -> None:
-        assert size == ROOM
+    def allocate(descriptor: int, offset: int, size: int) -> None:
+        assert (offset, size) == (0, 1 << 20)
+        assert os.fstat(descriptor).st_mode & 0o777 == 0o600
         if (error := left.pop(0)) is not None:
             raise error
 
@@ -38,10 +39,15 @@ def no_event(_timeout: float) -> None:
     return None
 
 
-def test_it_waits_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_waits_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     left = answers(monkeypatch, FULL, FULL, OSError(errno.EDQUOT, "Disk quota exceeded"), None)
-    assert wait_for_room(str(tmp_path), no_event)
+    waited: list[float] = []
+    assert wait_for_room(str(tmp_path), waited.append)
     assert left == []
+    assert waited == [2.0, 2.0]
+    assert f"{tmp_path}: no room on the disk: the node starts once 1024 KiB are free" in caplog.text
     assert os.listdir(tmp_path) == []
 
 
