@@ -23,6 +23,7 @@ from machine_case import machines, machines_in_place
 from measure import Contender, Measured
 from memory_case import memory
 from reference_case import reference
+from remote_case import remote
 from sync_case import sync
 from view_case import views
 
@@ -332,6 +333,7 @@ CASES = (
     Case("sync", ("xfs", "btrfs", "ext4"), sync),
     Case("copy", ("ext4", "directory"), copy),
     Case("devices", ("ext4",), devices),
+    Case("remote", ("ext4",), remote),
     Case("pairs", ("xfs", "btrfs"), pairs),
     Case("misaligned", ("xfs", "btrfs"), misaligned),
     Case("terabyte", ("xfs",), terabyte),

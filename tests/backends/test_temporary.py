@@ -642,9 +642,9 @@ def test_sources_that_the_user_did_not_name_are_others(
     transaction = FileTransaction(directory, force=True, durable=False, access=Access(tuple(files)))
     # Of an image that the user named, all is his that has the same owner.
     others = ["foreign"] if os.geteuid() == 0 else []
-    found = [file.name for file in unnamed_sources(transaction.access)]
+    found = [file.name for file in unnamed_sources(transaction.access.sources)]
     assert found == (["top", "base", "foreign"] if why else others)
-    assert unnamed_sources(DEFAULT_ACCESS) == []
+    assert unnamed_sources(DEFAULT_ACCESS.sources) == []
     for file in files:
         file.close()
 

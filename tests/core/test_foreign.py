@@ -357,10 +357,8 @@ def test_another_directory_is_refused_with_the_disks_in_it(tmp_path: Path, bundl
     assert caught.value.hint == "name a disk in this directory"
 
 
-def test_standard_input_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_no_file_to_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AccessError, match="standard input") as caught:
-        vmconv.convert("-", tmp_path / "target.qcow2", source_format="raw")
+        vmconv.resize("-", MIB, source_format="raw")
     assert "write it to a file" in (caught.value.hint or "")
-    make_disk(tmp_path / "-", MIB)
-    vmconv.convert("-", tmp_path / "target.qcow2")

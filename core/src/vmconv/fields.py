@@ -135,16 +135,30 @@ def table_slices(file: File, tables: Column, length: int, most: int) -> Iterator
     at_once = max(1, most // length)
     # A run ends where allocation changes, or where the next table is not contiguous.
     there = tables != 0
+    runs = _runs(tables, there, length, at_once)
+    if not file.is_remote:
+        for first, count in runs:
+            yield first, count, file.read(int(tables[first]), count * length) if there[first] else None
+        return
+    from vmconv.system.parallel import in_order
+
+    # A server answers after milliseconds, and reads of storage after less.
+    yield from in_order(
+        lambda run: (*run, file.read(int(tables[run[0]]), run[1] * length) if there[run[0]] else None), runs
+    )
+
+
+def _runs(tables: Column, there: npt.NDArray[np.bool_], length: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Yields `(index of the first table, count)` of runs that are read, or skipped, at once."""
     apart = there[1:] & (tables[1:] - tables[:-1] != length)
     breaks = np.flatnonzero(apart | (there[1:] != there[:-1])) + 1
     edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
     for begin, end in itertools.pairwise(edges):
-        if not tables[begin]:
-            yield begin, end - begin, None
+        if not there[begin]:
+            yield begin, end - begin
             continue
         for first in range(begin, end, at_once):
-            count = min(at_once, end - first)
-            yield first, count, file.read(int(tables[first]), count * length)
+            yield first, min(at_once, end - first)
 
 
 def _in_hole(file: File, tables: Column, length: int) -> npt.NDArray[np.bool_]:

@@ -82,6 +82,7 @@ if TYPE_CHECKING:
         Member,
         Substitution,
     )
+    from vmconv.interface.scheme import Remote, Scheme, Url
     from vmconv.io.decompressing import Decompressed, compression_of, decoded_head
     from vmconv.io.directory import Directory
     from vmconv.io.discovery import version
@@ -135,6 +136,9 @@ _HOMES = {
     "Manifest": "interface.machines",
     "Adapted": "interface.machines",
     "SnapshotChange": "interface.format",
+    "Remote": "interface.scheme",
+    "Scheme": "interface.scheme",
+    "Url": "interface.scheme",
     "Stamp": "model.sources",
     "Access": "interface.backend",
     "AccessError": "errors",
@@ -346,7 +350,9 @@ __all__ = [
     "Record",
     "Reference",
     "Registry",
+    "Remote",
     "Reserved",
+    "Scheme",
     "Scratch",
     "SecretError",
     "SetOptions",
@@ -359,6 +365,7 @@ __all__ = [
     "Substitution",
     "Survey",
     "Transaction",
+    "Url",
     "Usage",
     "UsageError",
     "VerifyError",

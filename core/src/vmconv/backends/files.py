@@ -73,16 +73,16 @@ def refuse_reader(target: str, old: int, sources: Sequence[File], hint: str) -> 
             )
 
 
-def unnamed_sources(access: Access) -> list[File]:
+def unnamed_sources(sources: Sequence[File]) -> list[File]:
     """Returns other users' sources that an image or another user's link named, and not the user.
 
     The author of such a name must not gain read access to a file by it.
     """
-    if not access.sources:
+    if not sources:
         return []
-    top, *rest = access.sources
+    top, *rest = sources
     if not _is_named(top):
-        return list(access.sources)
+        return list(sources)
     owner = os.fstat(top.descriptor).st_uid
     return [file for file in rest if os.fstat(file.descriptor).st_uid != owner]
 
@@ -142,7 +142,7 @@ class FileTransaction(Transaction):
         old = self._replaced(temporary.target)
         if old >= 0:
             try:
-                kept = unnamed_sources(self.access) if self.access.mode is None else []
+                kept = unnamed_sources(self._sources) if self.access.mode is None else []
                 refuse_reader(
                     self.directory.join(temporary.target),
                     old,
@@ -155,10 +155,15 @@ class FileTransaction(Transaction):
             finally:
                 os.close(old)
         elif self.access.mode is None:
-            sources = [file.descriptor for file in self.access.sources]
+            sources = [file.descriptor for file in self._sources]
             attributes.confine(self.directory.descriptor, sources, temporary.descriptor)
         if self.access.mode is not None:
             os.fchmod(temporary.descriptor, self.access.mode & 0o777)
+
+    @property
+    def _sources(self) -> list[File]:
+        """The local files of the source. Whoever can name a URL can read it, as far as this machine can tell."""
+        return [file for file in self.access.sources if not file.is_remote]
 
     def _replaced(self, name: str) -> int:
         """Returns a descriptor of the file to replace, -1 if there is none."""

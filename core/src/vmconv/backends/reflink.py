@@ -125,6 +125,8 @@ def _clone_error(source: File, scratch: int, unit: int) -> OSError | None:
     """Returns the error of sharing a block of `source` with the empty file `scratch`, None on success."""
     if source.is_device:
         return OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
+    if source.is_remote:
+        return OSError(errno.EREMOTE, os.strerror(errno.EREMOTE))
     # Any block will do, the last one too (length 0: all): only the pair of files matters.
     length = unit if source.size >= unit else 0
     try:
@@ -189,6 +191,8 @@ def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: 
     name = source.name if source else "a file"
     if exc.errno == errno.ENOTBLK:
         return f"{name} is a block device, which shares nothing with files"
+    if exc.errno == errno.EREMOTE:
+        return f"{name} comes over the network"
     if exc.errno == errno.EXDEV and source and _is_mounted_twice(source, scratch):
         return f"{name} is on another mount of {directory}'s filesystem, and Linux before 5.18 shares within one mount"
     if exc.errno == errno.EXDEV:

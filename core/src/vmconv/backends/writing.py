@@ -64,7 +64,7 @@ class DescriptorOutput(Output):
 
     def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
         done = 0
-        if isinstance(source, File) and self.kernel_copies:
+        if isinstance(source, File) and self.kernel_copies and not source.is_remote:
             done = self._copy_in_kernel(source, source_offset, offset, length)
         if done == length:
             return
@@ -97,7 +97,7 @@ class DescriptorOutput(Output):
     def _copy_bytes(
         self, source: Source, source_offset: int, offset: int, length: int, direct: DirectFile | None
     ) -> None:
-        step = STEP if direct else _STEP
+        step = STEP if direct or (isinstance(source, File) and source.is_remote) else _STEP
         for at in range(0, length, step):
             part = self._buffer()[: min(step, length - at)]
             source.read_into(source_offset + at, part)

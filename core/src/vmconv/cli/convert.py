@@ -16,6 +16,7 @@ from vmconv.cli.report import run_and_report
 from vmconv.cli.requests import SOURCE, TARGET, configure_request, request_of
 from vmconv.cli.verbs import Verb
 from vmconv.errors import counted
+from vmconv.interface.scheme import without_secrets
 
 if TYPE_CHECKING:
     from vmconv.conversion.request import Request
@@ -60,9 +61,9 @@ def _is_done(options: argparse.Namespace, request: Request) -> bool:
     if not os.path.lexists(request.target) or not is_done(request):
         return False
     if options.output == "json":
-        print_json({"event": "current", "source": request.source, "target": request.target})
+        print_json({"event": "current", "source": without_secrets(request.source), "target": request.target})
     elif not options.quiet:
-        say(f"{request.target}: is {request.source} already")
+        say(f"{request.target}: is {without_secrets(request.source)} already")
     return True
 
 

@@ -12,6 +12,7 @@ from vmconv.cli.picture import add_picture, draw_plan
 from vmconv.cli.report import plan_json, shared_word, shown_losses
 from vmconv.cli.requests import add_source_and_target, configure_request, request_of
 from vmconv.cli.verbs import Verb
+from vmconv.interface.scheme import without_secrets
 
 if TYPE_CHECKING:
     from vmconv.conversion.containers import Container
@@ -36,7 +37,8 @@ def _run(options: argparse.Namespace) -> int:
         else:
             made = ready.containers[-1]
             formats = made.source.format_name, made.format.name
-            say(f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
+            source = without_secrets(options.source)
+            say(f"{source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
             for line in plan_lines(ready.plan, layers, warnings, details=options.verbose):
                 say(f"  {line}")
         if options.picture:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _STANDARD_OUTPUT = 1
 
 
-SOURCE = "image or disk to convert; never changed without --in-place"
+SOURCE = "image or disk to convert: a file, a URL, or - for standard input; never changed without --in-place"
 TARGET = "file to make; appears complete or not at all; -: standard output"
 
 

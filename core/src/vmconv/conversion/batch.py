@@ -13,6 +13,7 @@ from vmconv.conversion.pipeline import run
 from vmconv.conversion.request import Request, Result
 from vmconv.errors import ExistsError, UsageError, VmconvError, os_errors
 from vmconv.interface.arguments import Existing, Verify
+from vmconv.interface.scheme import is_url, parse_url, without_secrets
 from vmconv.io.faults import plugin_faults
 from vmconv.io.registry import Registry, installed
 
@@ -56,12 +57,11 @@ def requests(
     found: dict[str, Request] = {}
     for source in sources:
         for path, below in _images(source, registry, common, recursive=recursive):
-            target = os.path.normpath(
-                os.path.join(directory, below, new_name(os.path.basename(path.rstrip("/")), wanted, registry))
-            )
+            name = parse_url(path).name if is_url(path) else os.path.basename(path.rstrip("/"))
+            target = os.path.normpath(os.path.join(directory, below, new_name(name, wanted, registry)))
             if target in found:
                 raise UsageError(
-                    f"{found[target].source} and {path} would both become {target}",
+                    f"{without_secrets(found[target].source)} and {without_secrets(path)} would both become {target}",
                     hint="convert one of them alone, with a name of its own",
                 )
             found[target] = common._replace(source=path, target=target, target_format=wanted.name)
@@ -103,9 +103,9 @@ def convert_all(
 
 def convert_one(request: Request, *, existing: Existing, verify: bool | Verify) -> Outcome:
     """Converts one image; an error becomes its outcome."""
-    names = request.source, request.target
+    names = without_secrets(request.source), request.target
     try:
-        with plugin_faults(), os_errors("cannot be converted", VmconvError, where=request.source):
+        with plugin_faults(), os_errors("cannot be converted", VmconvError, where=names[0]):
             if os.path.lexists(request.target):
                 if existing == "skip":
                     return Outcome(*names, "exists")
@@ -138,14 +138,15 @@ def _beside(requests: Sequence[Request], one: _One, note: Callable[[Outcome], No
             return _stopped(request, exc)
 
     def died(request: Request, how: str) -> Outcome:
-        return Outcome(request.source, request.target, "failed", None, f"{request.source}: its process {how}", None, 1)
+        names = without_secrets(request.source), request.target
+        return Outcome(*names, "failed", None, f"{names[0]}: its process {how}", None, 1)
 
     run_beside(requests, work, died, note, jobs)
 
 
 def _stopped(request: Request, exc: KeyboardInterrupt) -> Outcome:
     """Returns the outcome of a conversion that a signal ended, perhaps after its commit."""
-    names = request.source, request.target
+    names = without_secrets(request.source), request.target
     made: tuple[Result, ...] = getattr(exc, "results", ())
     if made:
         return Outcome(*names, "made", made[0])

@@ -59,6 +59,7 @@ def measure(asked: Measuring) -> Measure:
         backing_format=asked.source_backing_format,
         settle=settle,
         secrets=asked.secrets,
+        remote=True,
     ) as opener:
         image = _image(asked, opener)
         refuse_other_kind(image.file.name, image.kind, target, registry)

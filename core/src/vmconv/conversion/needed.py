@@ -9,6 +9,7 @@ from vmconv.errors import ExistsError, ImageError, PlanError, UsageError
 from vmconv.inspect.comparison import compare_images
 from vmconv.inspect.images import opened
 from vmconv.interface.arguments import Reading
+from vmconv.io.opener import STANDARD_INPUT
 from vmconv.io.registry import installed
 from vmconv.model.image import Image
 from vmconv.model.options import parse_options
@@ -23,6 +24,7 @@ def refuse_unanswerable(request: Request) -> None:
         (request.in_place, "--in-place"),
         (request.chain, "--chain"),
         (request.descriptor is not None, "standard output"),
+        (request.source == STANDARD_INPUT, "standard input"),
         (request.snapshot is not None, "--snapshot"),
         (request.decompress, "--decompress"),
         (request.no_create, "-n"),

@@ -34,6 +34,7 @@ from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.inspect import checking
 from vmconv.interface.arguments import Verify
 from vmconv.interface.backend import Backend, Proposal, Survey, Transaction
+from vmconv.interface.scheme import without_secrets
 from vmconv.io.directory import Directory
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
@@ -344,7 +345,7 @@ def _make(
 def _result(conversion: Conversion, ready: Prepared, seconds: float) -> Result:
     request, made, plan = conversion
     return Result(
-        request.source,
+        without_secrets(request.source),
         request.target,
         ready.image.format_name,
         made[-1].format.name,

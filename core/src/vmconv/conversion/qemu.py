@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.conversion.readback import bytes_to_read
 from vmconv.errors import UsageError, VerifyError
 from vmconv.io.known import qemu_name
+from vmconv.io.opener import STANDARD_INPUT
 from vmconv.model.image import Image
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def refuse_impossible(made: Sequence[Made], registry: Registry) -> None:
 
 
 def _refuse_image(image: Image, registry: Registry) -> None:
+    if image.file.is_remote or image.file.path == STANDARD_INPUT:
+        raise UsageError(f"--verify=qemu: {image.file.path} is no file that QEMU can open", hint="use --verify=bytes")
     why = registry.format(image.format_name).qemu_incompatibility(image)
     if why:
         raise UsageError(f"--verify=qemu: {image.file.name}: {why}", hint="use --verify=bytes")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vmconv.errors import UsageError
 from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, Mode, WriterOptions, ZeroCopy
+from vmconv.interface.scheme import is_url, without_secrets
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
 from vmconv.model.options import parse_options
@@ -126,6 +127,8 @@ class Request(NamedTuple):
         """Raises `UsageError` for a source that is not the file that would be changed in place, or read."""
         if self.in_place and self.from_snapshot is not None:
             raise UsageError("--in-place: a snapshot is never changed", hint="omit --from-snapshot or --in-place")
+        if is_url(self.source):
+            self._refuse_at_url()
         if self.in_place and self.decompress:
             raise UsageError("--in-place: a compressed file cannot become an image", hint="omit --in-place")
         if self.confined and (self.in_place or self.decompress or self.descriptor is not None):
@@ -139,10 +142,18 @@ class Request(NamedTuple):
             raise UsageError("--bitmaps: only for the present state of one whole image, no --chain, --snapshot or part")
         if self.skip_broken_bitmaps and not self.bitmaps:
             raise UsageError("--skip-broken-bitmaps is for --bitmaps")
+        self._refuse_limit()
+
+    def _refuse_limit(self) -> None:
         if self.decompress_limit is not None and not self.decompress:
             raise UsageError("--decompress-limit is for --decompress")
         if self.decompress_limit is not None and self.decompress_limit < 0:
             raise UsageError(f"--decompress-limit: {self.decompress_limit} is negative")
+
+    def _refuse_at_url(self) -> None:
+        for given, name in ((self.in_place, "--in-place"), (self.from_snapshot is not None, "--from-snapshot")):
+            if given:
+                raise UsageError(f"{name} is for a local file, and {without_secrets(self.source)} is a URL")
 
     @property
     def is_part(self) -> bool:
@@ -179,6 +190,8 @@ class Request(NamedTuple):
 
     def opener(self, registry: Registry) -> Opener:
         """Returns the opener of the source. Raises `UsageError` for options that exclude each other."""
+        from vmconv.io.spooling import PipeSpool
+
         self.refuse_contradictions()
         decompress = None
         if self.decompress:
@@ -196,6 +209,8 @@ class Request(NamedTuple):
             decompress=decompress,
             confined=self.confined,
             secrets=self.secrets,
+            remote=True,
+            spool=None if self.in_place else PipeSpool(self._spool_directory()),
         )
 
     def _spool_directory(self) -> str:

@@ -47,13 +47,13 @@ def describe(image: Image, opener: Opener) -> dict[str, Any]:
 
 def _disk_size(image: Image, opener: Opener) -> int:
     """Returns the allocated bytes of the image's own files, without its parents."""
-    files = {(image.file.stamp.device, image.file.stamp.inode): os.fstat(image.file.descriptor).st_blocks}
+    files = {(image.file.stamp.device, image.file.stamp.inode): image.file.stored()}
     for dependency in image.dependencies:
         if dependency.role not in OWN_ROLES:
             continue
         # `remarks` reports files that cannot be opened.
         with suppress(VmconvError):
             file = opener.related(image.file, dependency.name, dependency.role)
-            files[file.stamp.device, file.stamp.inode] = os.fstat(file.descriptor).st_blocks
+            files[file.stamp.device, file.stamp.inode] = file.stored()
             opener.release(file)
-    return sum(files.values()) * 512
+    return sum(files.values())

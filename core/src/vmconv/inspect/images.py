@@ -45,6 +45,10 @@ def both(asked: ImagePair) -> Iterator[tuple[Image, Image]]:
 
 
 def _opener(asked: Reading | ImagePair, secrets: Secrets, format_option: str = "-f") -> Opener:
+    from tempfile import gettempdir
+
+    from vmconv.io.spooling import PipeSpool
+
     return Opener(
         installed(),
         allow_external=asked.allow_external,
@@ -53,4 +57,6 @@ def _opener(asked: Reading | ImagePair, secrets: Secrets, format_option: str = "
         format_option=format_option,
         settle=settle,
         secrets=secrets,
+        remote=True,
+        spool=PipeSpool(gettempdir()),
     )

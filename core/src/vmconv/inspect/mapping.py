@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -111,14 +110,14 @@ def _absent_rows(row: Row, sizes: list[int]) -> Iterator[MapRow]:
 
 
 def _shows_holes(layer: Image, file: File) -> bool:
-    if layer.shows_holes is not None:
+    if layer.shows_holes is not None and not file.is_remote:
         return layer.shows_holes(file)
     return file is layer.file and _is_sparse(file)
 
 
 def _is_sparse(file: File) -> bool:
     """True if more than a tenth of a file is holes. As QEMU, vmconv looks for holes only in such files."""
-    return not file.is_device and os.fstat(file.descriptor).st_blocks * 512 * 10 // 9 < file.size
+    return not file.is_device and file.stored() * 10 // 9 < file.size
 
 
 def _file_rows(row: Row, file: File, depth: int) -> Iterator[MapRow]:

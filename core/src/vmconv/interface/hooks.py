@@ -1,4 +1,4 @@
-"""The pluggy hooks of vmconv; they only register formats, backends, commands and machine formats.
+"""The pluggy hooks of vmconv; they only register formats, backends, commands, schemes and machine formats.
 
 A plugin is a distribution with an entry point in the group `vmconv`. The entry point names a module with functions
 marked `hookimpl` and named as below.
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vmconv.interface.command import Command
     from vmconv.interface.format import Format
     from vmconv.interface.machines import MachineFormat
+    from vmconv.interface.scheme import Scheme
 
 GROUP = "vmconv"
 MACHINE_GROUP = "vmconv.machines"
@@ -46,6 +47,12 @@ def vmconv_register_backends() -> Iterable[Backend]:
 @hookspec
 def vmconv_register_commands() -> Iterable[Command]:
     """Returns the subcommands that this plugin adds to the command line."""
+    raise NotImplementedError
+
+
+@hookspec
+def vmconv_register_schemes() -> Iterable[Scheme]:
+    """Returns the schemes of URLs that this plugin can read from."""
     raise NotImplementedError
 
 

@@ -58,7 +58,7 @@ class Spool:
         try:
             name = self._fill(file, kind.title, descriptor)
             # Rights to the new image follow from those to its sources.
-            os.fchmod(descriptor, os.fstat(file.descriptor).st_mode & 0o777)
+            os.fchmod(descriptor, 0o666 if file.is_remote else os.fstat(file.descriptor).st_mode & 0o777)
             found = File(os.path.join(os.path.dirname(file.path), name), descriptor)
             found.sync()
         except BaseException:
@@ -76,14 +76,14 @@ class Spool:
                     f"{file.name}: becomes more than {self._limit} bytes", hint="--decompress-limit allows more"
                 )
             with os_errors(f"no room for what {file.name} becomes", BackendError, where=self._directory):
-                _write_sparsely(descriptor, piece, size)
+                write_sparsely(descriptor, piece, size)
             size += len(piece)
         with os_errors(f"no room for what {file.name} becomes", BackendError, where=self._directory):
             os.ftruncate(descriptor, size)
         return name
 
 
-def _write_sparsely(descriptor: int, piece: bytes, at: int) -> None:
+def write_sparsely(descriptor: int, piece: bytes, at: int) -> None:
     """Writes all of `piece` but its blocks of zeros; the file is new, so these are holes."""
     if piece == _ZEROS[: len(piece)]:
         return

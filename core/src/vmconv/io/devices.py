@@ -82,7 +82,7 @@ class Device:
 
     def refuse_sources(self, files: Sequence[File]) -> None:
         """Raises `PlanError` if one of the files is the device or lies on it, or the device lies on one of them."""
-        for file in files:
+        for file in (each for each in files if not each.is_remote):
             with os_errors("cannot be looked up", AccessError, where=file.path):
                 place = block.place_of(os.fstat(file.descriptor))
                 overlaps = place in self._below or (file.is_device and self.place in block.below(place))

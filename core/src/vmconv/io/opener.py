@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from vmconv.errors import AccessError, ImageError, PluginError, os_errors, warn
 from vmconv.interface.backend import Access
+from vmconv.interface.scheme import is_url, parse_url, without_secrets
 from vmconv.io import locks
 from vmconv.io.known import KNOWN
 from vmconv.io.secrets import Secrets
@@ -27,7 +28,9 @@ from vmconv.model.sources import File, inside
 
 if TYPE_CHECKING:
     from vmconv.interface.format import Format
+    from vmconv.interface.scheme import Url
     from vmconv.io.registry import Registry
+    from vmconv.io.remote import RemoteFile
     from vmconv.model.image import Image
 
 MAX_CHAIN_DEPTH = 200
@@ -37,7 +40,7 @@ MAX_SEARCHED = 1000
 """Files that are opened to find a parent by identity."""
 
 STANDARD_INPUT = "-"
-"""Not accepted as the name of a source."""
+"""The name of a source that is a pipe, or whatever the shell has opened."""
 
 _SHOWN = 3
 _OWNER_ONLY = 0o600
@@ -46,6 +49,11 @@ _OWNER_ONLY = 0o600
 _NO_CANDIDATE = frozenset(
     {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTDIR, errno.ESTALE}
 )
+
+_DESCRIPTOR = re.compile(r"/dev/fd/[0-9]{1,9}")
+"""What a shell makes of `<(PROGRAM)`."""
+
+_DOWNLOAD = "download the whole chain, and convert it there"
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _FILE = "file:"
@@ -63,7 +71,9 @@ class Opener:
     conversion. Without it an opener changes nothing. `decompress` returns the content of the compressed file that the
     user named. `secrets` are files with passphrases of encrypted images, see `vmconv.io.secrets`. A `confined` opener
     opens only files in `allow_external`: also the file that the user named has to lie there, wherever directories are
-    renamed or replaced by links meanwhile.
+    renamed or replaced by links meanwhile. `remote` allows the user to name URLs; images name one only with a
+    directory of URLs in `allow_external`. `spool` returns the content of standard input, or of a pipe that is open,
+    as a file.
     """
 
     def __init__(
@@ -79,10 +89,16 @@ class Opener:
         decompress: Callable[[File], File] | None = None,
         confined: bool = False,
         secrets: Secrets | Iterable[str] = (),
+        remote: bool = False,
+        spool: Callable[[str], File] | None = None,
     ) -> None:
         self.registry = registry
         self.files: list[File] = []
-        self._trees = [os.path.realpath(tree) for tree in allow_external]
+        trees = list(allow_external)
+        self._trees = [os.path.realpath(tree) for tree in trees if not is_url(tree)]
+        self._remote_trees = [parse_url(tree) for tree in trees if is_url(tree)]
+        self._remote = remote and not confined
+        self._spool = None if confined else spool
         self._force_share = force_share
         self._acting = acting or nullcontext
         self._settle = settle
@@ -145,11 +161,13 @@ class Opener:
 
     def _meant(self, path: str) -> str:
         """Returns the path to open for the user's path: the descriptor of a bundle, or the path itself."""
+        if is_url(path) or self._is_pipe(path):
+            return path
         with self._acting():
             if path == STANDARD_INPUT and not os.path.lexists(path):
                 raise AccessError(
-                    "standard input cannot be converted: reading a disk needs random access",
-                    hint="write it to a file first",
+                    "standard input is no file that can be used here: reading a disk needs random access",
+                    hint="write it to a file first; vmconv convert takes it as it is",
                 )
             if not os.path.isdir(path):
                 return path
@@ -174,13 +192,64 @@ class Opener:
 
     def file(self, path: str) -> File:
         """Returns a file that the user named, of any content."""
+        if is_url(path):
+            return self._at_url(path)
+        if self._spool and self._is_pipe(path):
+            file = self._spool(path)
+            self.files.append(file)
+            if not self._force_share:
+                locks.share(file)
+            return file
         return self._open(path)
 
     def referring(self, path: str) -> File:
         """Returns a file that the user named. It may refer to files in and below its own directory."""
-        file = self._open(path)
-        if not self._confined and not any(inside(os.path.realpath(file.path), tree) for tree in self._trees):
+        file = self.file(path)
+        if not (self._confined or file.is_remote or self._is_pipe(path)) and not any(
+            inside(os.path.realpath(file.path), tree) for tree in self._trees
+        ):
             self._trees.append(os.path.dirname(os.path.realpath(file.path)))
+        return file
+
+    def _is_pipe(self, path: str) -> bool:
+        """Returns whether the user named standard input, or a pipe that is open, and it can be spooled."""
+        if self._spool is None:
+            return False
+        # Not a pipe with another name: opening it may wait for ever.
+        return path == STANDARD_INPUT or (_DESCRIPTOR.fullmatch(path) is not None and _is_fifo(path))
+
+    def _at_url(self, text: str) -> File:
+        """Returns the object at a URL that the user named."""
+        if not self._remote:
+            raise AccessError(
+                f"{without_secrets(text)}: only a local file can be read here",
+                hint="vmconv convert makes a file of what is at a URL",
+            )
+        return self._fetched(parse_url(text))
+
+    def _fetched(self, url: Url) -> File:
+        from vmconv.io.remote import RemoteFile
+
+        scheme = self.registry.scheme(url.scheme)
+        file = RemoteFile(url, scheme.open(url))
+        self.files.append(file)
+        return file
+
+    def _beside(self, origin: RemoteFile, reference: str, role: str) -> File:
+        """Returns what an image at a URL names, if it is in the same directory and the user allowed that directory."""
+        said = f"{origin.name}: {role} {reference!r}"
+        name = reference.removeprefix("./")
+        if "/" in name or name in (".", "..") or _PROTOCOL.match(reference):
+            raise AccessError(f"{said} is not a name in the directory of {origin.path}", hint=_DOWNLOAD)
+        directory = origin.url.beside("")
+        if directory not in [tree.beside("") for tree in self._remote_trees]:
+            raise AccessError(
+                f"{said} is at a URL that you did not name",
+                hint=f"if you trust the image, --allow-external {directory.shown}",
+            )
+        file = self._fetched(origin.url.beside(name))
+        if file.path == origin.path:
+            raise ImageError(f"{said} is the image itself, a loop")
         return file
 
     def disk(self, origin: File, reference: str, format_name: str | None) -> Image:
@@ -197,6 +266,8 @@ class Opener:
         """
         if "\0" in reference or not reference:
             raise ImageError(f"{origin.name}: {role} {reference!r} is not a file name")
+        if origin.is_remote:
+            return self._beside(cast("RemoteFile", origin), reference, role)
         path = self._located(origin, reference, role, moved=moved)
         with self._acting():
             real = os.path.realpath(path)
@@ -213,6 +284,9 @@ class Opener:
 
         `suffixes` are lower case, with the dot; upper case is found too. Raises `AccessError` if several files fit.
         """
+        if origin.is_remote:
+            hint = "download all files of it, or name another image"
+            raise AccessError(f"{origin.name}: what its {role} is called beside it is unknown at a URL", hint=hint)
         folder, own = os.path.split(origin.path)
         stem = os.path.splitext(own)[0]
         names = [stem + spelled for suffix in suffixes for spelled in (suffix, suffix.upper())]
@@ -311,7 +385,7 @@ class Opener:
         Candidates are files with the suffix in the origin's directory and in the allowed directories, not below them;
         at most `MAX_SEARCHED`. Each is closed before the next.
         """
-        for path in islice(self._candidates(origin, suffix), MAX_SEARCHED):
+        for path in islice([] if origin.is_remote else self._candidates(origin, suffix), MAX_SEARCHED):
             try:
                 with self._acting():
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -387,6 +461,13 @@ def _of_disk(found: Format, file: File) -> Format:
             hint="name the disk of the machine, not its memory",
         )
     return found
+
+
+def _is_fifo(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _same(one: str, other: str) -> bool:

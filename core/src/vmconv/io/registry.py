@@ -21,6 +21,7 @@ from vmconv.interface.backend import Backend
 from vmconv.interface.command import Command
 from vmconv.interface.format import Format, FormatKind
 from vmconv.interface.machines import MachineFormat
+from vmconv.interface.scheme import Scheme
 from vmconv.io.discovery import Plugin, entry_points
 from vmconv.io.foreign import described_beside, foreign_content, foreign_suffix, hint_for, is_payload, suffix_of
 from vmconv.io.known import KNOWN, RAM_NAME, RAW_NAME, known_content, known_format, known_suffix
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from vmconv.model.sources import File
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,31}")
+"""RFC 3986, section 3.1, in lower case."""
 _SUFFIX = re.compile(r"\.[a-z0-9][a-z0-9._+-]{0,31}")
 _MAX_ITEMS = 1000
 """Limit of objects that one hook may register."""
@@ -54,6 +57,7 @@ class Registry:
         self.memory_formats: dict[str, Format] = {name: one for name, one in given.items() if one.kind == "memory"}
         self.backends: dict[str, Backend] = {}
         self.commands: dict[str, Command] = {}
+        self.schemes: dict[str, Scheme] = {}
         self.machines: dict[str, MachineFormat] = {}
         self.owners: dict[tuple[str, str], str] = {}
         self.plugins: list[Plugin] = []
@@ -145,6 +149,13 @@ class Registry:
             have = ", ".join(sorted(self.backends))
             raise UsageError(f"backend {name!r} is not installed", hint=self._broken(name) or f"installed: {have}")
         return self.backends[name]
+
+    def scheme(self, name: str) -> Scheme:
+        """Returns the scheme of URLs with this name; raises `UsageError`."""
+        if name not in self.schemes:
+            have = ", ".join(f"{each}://" for each in sorted(self.schemes))
+            raise UsageError(f"{name}:// is not installed", hint=self._broken(name) or f"installed: {have}")
+        return self.schemes[name]
 
     def format_by_suffix(self, path: str, kind: FormatKind | None = None) -> str | None:
         """Returns the name of the format of a file name's suffix, installed or not; with `kind` only of this kind."""
@@ -316,6 +327,7 @@ _KINDS: tuple[tuple[str, Any], ...] = (
     ("format", Format),
     ("backend", Backend),
     ("command", Command),
+    ("scheme", Scheme),
     ("machine", MachineFormat),
 )
 
@@ -457,8 +469,9 @@ def _registered(registry: Registry, distribution: str, hook: Any) -> Iterator[An
 def _checked(item: Any, kind: str, base: Any) -> None:
     if not isinstance(item, base):
         raise PluginError(f"registers {item!r}, which is not a {base.__name__}")
-    if not _NAME.fullmatch(getattr(item, "name", "")):
-        raise PluginError(f"{kind} name {getattr(item, 'name', None)!r} is not lower case letters, digits, - and _")
+    if not (_SCHEME if kind == "scheme" else _NAME).fullmatch(getattr(item, "name", "")):
+        letters = "+, - and ." if kind == "scheme" else "- and _"
+        raise PluginError(f"{kind} name {getattr(item, 'name', None)!r} is not lower case letters, digits, {letters}")
     field = "help" if kind == "command" else "title"
     if not isinstance(getattr(item, field, None), str):
         raise PluginError(f"{kind} {item.name!r} has no {field}, a short description")

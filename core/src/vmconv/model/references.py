@@ -89,6 +89,8 @@ def refer(file: File, directory: str) -> Record:
 
 def name_for(file: File, directory: str) -> str:
     """Returns the name of `file` for an image in `directory`: relative if it is in or below that, else absolute."""
+    if file.is_remote:
+        raise PlanError(f"{file.name}: is at a URL, and images refer to local files only")
     real, tree = os.path.realpath(file.path), os.path.realpath(directory)
     if not inside(real, tree):
         return real

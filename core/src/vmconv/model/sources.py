@@ -60,6 +60,8 @@ class File(Source):
 
     on_storage: Extents | None = None
     """Cache of `vmconv.model.extents.on_storage`."""
+    is_remote = False
+    """True for a file at a URL, which has no descriptor."""
 
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
@@ -162,6 +164,10 @@ class File(Source):
         if found < at or (found == at and whence == os.SEEK_HOLE):
             raise ReadError(f"{self.name}: the search for holes from {at:#x} returned {found:#x}")
         return found
+
+    def stored(self) -> int:
+        """Returns the bytes that storage has allocated for the file."""
+        return os.fstat(self.descriptor).st_blocks * 512
 
     def changed(self) -> bool:
         """True if the open file was resized or written, or its inode changed, since it was opened."""

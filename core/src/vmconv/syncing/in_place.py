@@ -116,7 +116,7 @@ class SyncBackend(InPlaceBackend):
         refuse_reader(
             self.claim.directory.join(self.claim.carrier.name),
             self.place.descriptor,
-            unnamed_sources(access),
+            unnamed_sources(access.sources),
             "remove the permissions of other users, or convert it again",
         )
         kind = _RollForward if self.rolls_forward else _Stay

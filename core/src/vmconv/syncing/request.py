@@ -6,7 +6,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from vmconv.conversion.request import Request
+from vmconv.errors import AccessError
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, WriterOptions, ZeroCopy
+from vmconv.interface.scheme import is_url, without_secrets
+from vmconv.io.opener import STANDARD_INPUT
 from vmconv.model.plan import CopyReason, Plan, Totals
 
 NEW = "the target is new"
@@ -45,6 +48,9 @@ class SyncRequest(NamedTuple):
 
     def conversion(self, target_format: str | None, *, force: bool) -> Request:
         """Returns the request of a conversion from the same source to the same target."""
+        if is_url(self.source) or self.source == STANDARD_INPUT:
+            source = "standard input" if self.source == STANDARD_INPUT else without_secrets(self.source)
+            raise AccessError(f"{source}: a sync reads local files only")
         return Request(
             self.source,
             self.target,

@@ -5,8 +5,6 @@ Both are step functions over the clusters of the file, kept as runs, so that mem
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import numpy.typing as npt
 
@@ -35,7 +33,7 @@ def is_preallocated(header: Header) -> bool:
     clusters = -(-header.file.size // header.cluster_size)
     start = np.minimum(counts.start, clusters)
     used = int(np.diff(start, append=clusters)[counts.value != 0].sum())
-    on_storage = os.fstat(header.file.descriptor).st_blocks * 512 // header.cluster_size
+    on_storage = header.file.stored() // header.cluster_size
     return used >= max(on_storage * 10 // 9, on_storage + 2)
 
 

@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv_view.background import ended_by_signals
 
     with (
-        Opener(installed(), **access(options), settle=settle) as opener,
+        Opener(installed(), **access(options), settle=settle, remote=True) as opener,
         # Signals end the command normally.
         suppress(KeyboardInterrupt),
         ended_by_signals(_end),
@@ -147,7 +147,8 @@ def _views(options: argparse.Namespace, opener: Opener, path: str) -> dict[bytes
     for warning in (*image.warnings, *checking.warnings(image, opener)):
         print(printable(f"warning: {warning}"), file=sys.stderr)
     target = opener.registry.writer(options.target_format or (RAW_NAME if image.kind == "disk" else RAM_NAME))
-    name = new_name(os.path.basename(path.rstrip("/")), target, opener.registry)
+    given = image.file.name if image.file.is_remote else os.path.basename(path.rstrip("/"))
+    name = new_name(given, target, opener.registry)
     return {os.fsencode(key): view for key, view in views(image, target, options.options, name).items()}
 
 
