@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from vmconv.testing import ReaderTests
 
 _MEMORY = ("avml", "elfcore", "kdump", "libvirtsave", "lime", "qevm", "vmem", "vmrs")
-_FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed", "ewf", "luks", *_MEMORY)
+_FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed", "ewf", "luks", "qcow", *_MEMORY)
 _READ = 64 << 10
 _LARGE = 5 << 20
 _WORDS = 2000

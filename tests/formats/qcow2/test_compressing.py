@@ -144,7 +144,7 @@ def test_taken_over_clusters_are_shared_and_not_decoded(
     def refused(*_: Any) -> Any:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("vmconv_qcow2.compression._inflate_zlib", refused)
+    monkeypatch.setattr("vmconv_qcow2.compression.inflate_zlib", refused)
     result = vmconv.convert(packed, image, compress=True)
     assert sum(copy.bytes for copy in result.copies) < 2 * 4096
     assert result.totals.shared > 100 << 10

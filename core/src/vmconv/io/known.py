@@ -81,14 +81,7 @@ KNOWN = (
         ((0, b"EVF\t\r\n\xff\0"), (0, b"EVF2\r\n\x81\0")),
     ),
     Known("qed", "QEMU enhanced disk", "vmconv-qed", (".qed",), ((0, b"QED\0"),)),
-    Known(
-        "qcow",
-        "QEMU copy-on-write, version 1",
-        None,
-        (".qcow",),
-        ((0, b"QFI\xfb\0\0\0\1"),),
-        hint="qemu-img convert -f qcow -O qcow2 makes a qcow2 of it",
-    ),
+    Known("qcow", "QEMU copy-on-write, version 1", "vmconv-qcow2", (".qcow",), ((0, b"QFI\xfb\0\0\0\1"),)),
     Known(
         "luks",
         "LUKS encrypted disk",

@@ -112,6 +112,29 @@ class Qcow2(Format):
         return check(image)
 
 
+class Qcow(Format):
+    name = "qcow"
+    title = "QEMU copy-on-write, version 1"
+    suffixes = (".qcow",)
+    can_write = False
+
+    def probe(self, file: File) -> bool:
+        return file.size >= 8 and file.read(0, 8) == b"QFI\xfb\0\0\0\1"
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_qcow2.version1 import read
+
+        return read(file, opener, snapshot=snapshot)
+
+    def qemu_incompatibility(self, image: Image) -> str | None:
+        return None
+
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_qcow2.version1 import check
+
+        return check(image)
+
+
 @hookimpl
 def vmconv_register_formats() -> Iterable[Format]:
-    return [Qcow2()]
+    return [Qcow2(), Qcow()]

@@ -25,7 +25,7 @@ class CompressedClusters:
         self.file = header.file
         self.cluster_size = header.cluster_size
         self._offset_bits = 62 - (header.cluster_bits - 8)
-        self._inflate = _inflate_zstd if header.compression == "zstd" else _inflate_zlib
+        self._inflate = _inflate_zstd if header.compression == "zstd" else inflate_zlib
         self._parts: list[tuple[Column, Column, Column]] = []
         self._columns: tuple[Column, Column, Column] | None = None
         self.source = Decoded(
@@ -106,7 +106,7 @@ def locate(raw: npt.NDArray[np.uint64], offset_bits: int) -> tuple[Column, Colum
     return offset, sectors * SECTOR - offset % SECTOR
 
 
-def _inflate_zlib(data: bytes | memoryview, size: int) -> bytes:
+def inflate_zlib(data: bytes | memoryview, size: int) -> bytes:
     from isal import igzip_lib
 
     # QEMU writes windows of 12 bits; the largest window reads all. Bytes after the stream are padding.
