@@ -196,6 +196,11 @@ def test_what_was_encrypted_is_readable_to_who_can_read_the_secret(disk: Path, t
     assert stat.S_IMODE((disk.parent / "new.raw").stat().st_mode) == mode
 
 
+def test_a_pipe_is_not_both_the_source_and_a_secret(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "--secret", "-", "-", str(disk.parent / "new.raw")]) == 2
+    assert "--secret -: it is the source already" in capsys.readouterr().err
+
+
 def test_secrets_that_are_none_are_refused_by_name(disk: Path) -> None:
     image, empty = container(disk.parent, *QUICK1, key=key_of(), size=SIZE), secret(disk.parent, b"", "empty")
     for secrets, words in (

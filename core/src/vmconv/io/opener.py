@@ -144,6 +144,8 @@ class Opener:
 
         `content_decides` accepts content and suffix of different formats, with a warning.
         """
+        if self._spool and self._is_pipe(path):
+            self._secrets.refuse_source(path)
         file = self.referring(self._meant(path))
         if self._decompress:
             # The compressed file stays open: it must not change, and its rights are those of the new image.

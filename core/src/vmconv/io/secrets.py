@@ -50,6 +50,11 @@ class Secrets:
             )
         return tuple(one.content for one in self._found)
 
+    def refuse_source(self, path: str) -> None:
+        """Raises `UsageError` if the source `path` is a pipe that a passphrase would be read from."""
+        if path in self._names:
+            raise UsageError(f"--secret {path}: it is the source already", hint="name a file that has the passphrase")
+
     def files(self) -> list[File]:
         """Returns the files that were read, open: who cannot read them must not read what they decrypt."""
         return [one.file for one in self._found if one.file] if "_found" in self.__dict__ else []
