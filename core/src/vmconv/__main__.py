@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -58,9 +59,24 @@ class _Postponed(ModuleType):
 
 def run() -> NoReturn:
     """Runs the command of the command line and ends the process with its exit code."""
+    _prepare("vmconv")
+    from vmconv.cli.main import main
+
+    _end(main)
+
+
+def run_qemu_img() -> NoReturn:
+    """Runs the command of the command line as qemu-img, and ends the process with its exit code."""
+    _prepare("qemu-img")
+    from vmconv.cli.qemu_img.front import main
+
+    _end(main)
+
+
+def _prepare(program: str) -> None:
     refused = refusal()
     if refused:
-        sys.exit(f"vmconv: {refused}")
+        sys.exit(f"{program}: {refused}")
     # Imported modules stay alive. Searching them for garbage again and again takes a tenth of the run.
     gc.set_threshold(50_000)
     for name, known in _SELDOM_USED.items():
@@ -71,8 +87,9 @@ def run() -> NoReturn:
                 vars(sys.modules[name]).update(known, __path__=())
     for name in _DOCSTRINGS:
         sys.modules.setdefault(name, ModuleType(name))
-    from vmconv.cli.main import main
 
+
+def _end(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except SystemExit as exc:

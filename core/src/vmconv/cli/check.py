@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.output == "json":
         print_json({"filename": options.file, "format": image.format_name, **_report_json(report)}, indent=4)
     else:
-        _print_report(report)
+        print_report(report)
     return _code(report)
 
 
@@ -87,7 +87,7 @@ def _repair(options: argparse.Namespace) -> int:
         print("The following inconsistencies were found and repaired:\n")
         print(f"    {done.leaks} leaked clusters\n    {done.corruptions} corruptions\n")
         print("Double checking the fixed image now...")
-    _print_report(done.after)
+    print_report(done.after)
     return _code(done.after)
 
 
@@ -112,7 +112,8 @@ def _report_json(report: CheckReport) -> dict[str, Any]:
     }
 
 
-def _print_report(report: CheckReport) -> None:
+def print_report(report: CheckReport) -> None:
+    """Prints what a check has found, in the words of qemu-img check."""
     # The wording of qemu-img check.
     for title, texts in (
         ("Not checked: ", report.errors),

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from vmconv.cli import streams
 from vmconv.cli.colours import paint
 from vmconv.cli.parser import make_parser
+from vmconv.cli.starting import prepare
 from vmconv.cli.stops import code_for, word_for
 from vmconv.errors import VmconvError, printable
-from vmconv.system.signals import Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Prints errors of vmconv as one line, with a hint below it."""
-    import gc
-
-    # A run is short: garbage collection during imports costs more than it frees.
-    gc.disable()
-    # Otherwise OpenBLAS starts a thread per processor when numpy is imported. vmconv uses no linear algebra.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Otherwise pydantic imports importlib.metadata to look for plugins, which takes a quarter of its own import.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    streams.prepare()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup, and shells for background jobs, start programs with ignored signals.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+    prepare()
     try:
         return _guarded(arguments)
     except KeyboardInterrupt as exc:
@@ -106,7 +92,3 @@ def _trace(exc: BaseException, options: argparse.Namespace) -> None:
 def _makes_images(options: argparse.Namespace) -> bool:
     """True if the command prints events, and so its error as one."""
     return getattr(options, "verb", None) == "convert" or getattr(options, "command", "") in ("convert", "fanout")
-
-
-def _stop(number: int, _frame: object) -> None:
-    raise Stopped(number)
