@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from qemuimg.accepted import ACCEPTED, BY_QEMU, FORMATS, LEFT_OUT, TESTS  # noqa: E402
+from qemuimg.accepted import ACCEPTED, BY_QEMU, FORMATS, LEFT_OUT, TESTS
 
 UNPACKED = "VMCONV_QEMU_IOTESTS"
 """Variable with the directory of an unpacked QEMU source package."""
@@ -165,7 +165,9 @@ class Runner:
         """Returns how many commands vmconv and qemu-img have answered."""
         if not self.log.exists():
             return Counter()
-        return Counter("vmconv" if line.startswith("vmconv:") else "qemu-img" for line in self.log.open())
+        return Counter(
+            "vmconv" if line.startswith("vmconv:") else "qemu-img" for line in self.log.read_text().splitlines()
+        )
 
 
 def unaccepted(name: str, format_name: str, differences: Iterable[str]) -> list[str]:

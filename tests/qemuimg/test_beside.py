@@ -113,7 +113,7 @@ LOOKS = [
     "snapshot -l kept.qcow2",
     "snapshot -l a.qcow2",
     *(f"map {layout} a.{name}" for name in ("qcow2", "vmdk", "qed", "vdi") for layout in ("", "--output=json")),
-    "map --output=json -f raw a.raw",
+    "map --output=json -f raw short.raw",
     "map top.qcow2",
     "map --output=json top.qcow2",
     "map --output=json small.qcow2",
