@@ -288,6 +288,7 @@ HANDED = [
     "resize -f qcow2 a.qcow2 1M",
     "resize --preallocation=full -f raw a.raw 9M",
     "commit a.raw",
+    "commit -b a.qcow2 top.qcow2",
     "rebase -b a.raw top.qcow2",
     "snapshot -a one kept.qcow2",
     "snapshot -d none kept.qcow2",

@@ -66,9 +66,11 @@ def commit(asked: Given) -> int:
 
     path = asked.one_file()
     asked.cache("-t", "writeback")
+    # QEMU compares the name with those that the layers store, vmconv looks for the file.
+    if asked.has("-b"):
+        raise NotAnsweredError("-b")
     committed(
         path,
-        base=asked.last("-b"),
         keep_top=asked.has("-d"),
         source_format=format_of(path, asked.format("-f"), written=True),
         # qemu-img does not look for other layers.
