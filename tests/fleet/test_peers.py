@@ -161,6 +161,9 @@ def test_the_longest_absent_are_probed_last() -> None:
     assert len(probed) == 30
     members += [node_id(n) for n in range(1, 30)]
     dialler.look([], 2.5)
+    # Those of before are due later than the new ones.
+    dialler.look([], 4.0)
+    assert len(probed) == 60
     probed.clear()
     dialler.look([], 10.0)
     assert {f"10.0.0.{n}:7447" for n in range(1, 30)} < {*probed}

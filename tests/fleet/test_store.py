@@ -12,6 +12,7 @@ import pytest
 from fleet.plain import PlainSigner, node_id
 from vmconv_fleet.errors import MalformedError, StoreError
 from vmconv_fleet.replication.clock import MAX_AHEAD_MS, HybridClock, milliseconds
+from vmconv_fleet.replication.database import open_reader, open_writer
 from vmconv_fleet.replication.epochs import MAX_EPOCHS, History, history_of
 from vmconv_fleet.replication.records import (
     MAX_RECORD,
@@ -26,7 +27,7 @@ from vmconv_fleet.replication.records import (
     restore,
     seal,
 )
-from vmconv_fleet.replication.store import Store
+from vmconv_fleet.replication.store import Reader, Store
 
 NODE = node_id(0)
 SIGNER = PlainSigner(NODE)
@@ -287,3 +288,16 @@ def test_one_proof_of_a_fork_is_kept_for_each_owner(store: Store) -> None:
         assert store.quarantine((other, other._replace(seq=2)), 0)
     assert kept == [True, False, False, False]
     assert len(store.forks()) == 4
+
+
+def test_what_reads_a_closed_database_is_told(tmp_path: Path) -> None:
+    """A thread that still reads while the node ends; a soak has found it."""
+    path = str(tmp_path / "store.sqlite")
+    connection = open_writer(path)
+    Store(connection, node_id(0))
+    reader = Reader(open_reader(path))
+    assert reader.find("note") == []
+    reader.close()
+    connection.close()
+    with pytest.raises(StoreError, match="closed database"):
+        reader.find("note")

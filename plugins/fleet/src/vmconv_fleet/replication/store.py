@@ -160,7 +160,11 @@ class Reader(ReplicaView):
         with self._lock:
             # A query of one caller must not keep all others waiting.
             until = time.monotonic() + QUERY_S
-            self._connection.set_progress_handler(lambda: time.monotonic() > until, _STEPS)
+            try:
+                self._connection.set_progress_handler(lambda: time.monotonic() > until, _STEPS)
+            except sqlite3.ProgrammingError as exc:
+                # The node ends.
+                raise StoreError(f"database: {exc}") from exc
             return super()._rows(query, *arguments)
 
 
