@@ -401,7 +401,7 @@ class Layer(WritableLayer):
                 os.fdatasync(self._descriptor)
         except OSError as exc:
             # The kernel reports a failed write once: nothing is known of what was written before.
-            self._failed = exc.strerror
+            self._failed = f"an earlier flush failed: {exc.strerror}"
             raise
         self._unsynced = False
         self._flushed = time.monotonic()
@@ -441,11 +441,13 @@ class Layer(WritableLayer):
                 for _ in range(0 if self._failed else 2):
                     self._flush()
             finally:
-                os.close(self._descriptor)
+                descriptor, self._descriptor = self._descriptor, -1
+                self._failed = "the layer is closed"
+                os.close(descriptor)
 
     def _refuse_failed(self) -> None:
         if self._failed is not None:
-            raise OSError(errno.EIO, f"an earlier flush failed: {self._failed}", self._name)
+            raise OSError(errno.EIO, self._failed, self._name)
 
     def _load(self, place: int, length: int, kind: str) -> array[int]:
         """Returns big-endian numbers from the file."""

@@ -16,6 +16,7 @@ from vmconv.api import View
 from vmconv.plugin import AccessError, VmconvError
 from vmconv_view import nbd
 from vmconv_view.nbd import Chunk, Cmd, Error, Handshake, Info, Opt, ProtocolError, Rep
+from vmconv_view.overlay import WritableView, error_number
 
 NEGOTIATION_TIME = 15.0
 """Seconds from connecting to the end of the negotiation."""
@@ -30,6 +31,9 @@ _ENCRYPTED = 256 << 10
 
 _ANSWERED_AT_ONCE = 64 << 10
 """Reads up to this size are answered with one chunk, which is read completely before it is sent."""
+
+_ALLOWED = {Cmd.WRITE: nbd.FUA, Cmd.TRIM: nbd.FUA, Cmd.WRITE_ZEROES: nbd.FUA | nbd.NO_HOLE}
+"""The requests that change a disk, with their possible flags."""
 
 Secure = Callable[[socket.socket], socket.socket]
 
@@ -173,14 +177,14 @@ class Connection:
         self._view = self._export(name)
         if self._view is None:
             raise ProtocolError(f"the client requests export {name!r}, which does not exist")
-        self._send(nbd.EXPORT.pack(self._view.size, nbd.EXPORT_FLAGS) + bytes(124 if zeroes else 0))
+        self._send(nbd.EXPORT.pack(self._view.size, _flags(self._view)) + bytes(124 if zeroes else 0))
 
     def _inform(self, option: int, name: bytes) -> bool:
         view = self._export(name)
         if view is None:
             self._answer(option, Rep.ERR_UNKNOWN)
             return False
-        self._answer(option, Rep.INFO, struct.pack(">H", Info.EXPORT) + nbd.EXPORT.pack(view.size, nbd.EXPORT_FLAGS))
+        self._answer(option, Rep.INFO, struct.pack(">H", Info.EXPORT) + nbd.EXPORT.pack(view.size, _flags(view)))
         sizes = struct.pack(">HIII", Info.BLOCK_SIZE, 1, 4096, nbd.MAX_REQUEST)
         self._answer(option, Rep.INFO, sizes)
         self._answer(option, Rep.ACK)
@@ -221,8 +225,10 @@ class Connection:
         elif command in (Cmd.READ, Cmd.BLOCK_STATUS):
             self._refuse_read(cookie, Error.EINVAL, b"not a range of the export, or not negotiated")
         elif command == Cmd.FLUSH and not flags:
-            self._reply(cookie, None)
-        elif command in (Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES):
+            self._change(view, Cmd.FLUSH, 0, cookie, 0, memoryview(b""), 0)
+        elif command in _ALLOWED and isinstance(view, WritableView):
+            self._answer_change(view, command, flags, cookie, offset, length)
+        elif command in _ALLOWED:
             self._refuse_change(command, cookie, length)
         else:
             self._reply(cookie, Error.EINVAL)
@@ -237,6 +243,49 @@ class Connection:
         if self._encrypted:
             self._client.settimeout(PIECE_TIME)
         return header
+
+    def _answer_change(self, view: View, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        data = self._payload(length) if command == Cmd.WRITE else memoryview(b"")
+        if flags & ~_ALLOWED[Cmd(command)] or not length:
+            self._reply(cookie, Error.EINVAL)
+        elif offset + length > view.size:
+            self._reply(cookie, Error.ENOSPC if command == Cmd.WRITE else Error.EINVAL)
+        else:
+            self._change(view, command, flags, cookie, offset, data, length)
+
+    def _change(
+        self, view: View, command: int, flags: int, cookie: int, offset: int, data: memoryview, length: int
+    ) -> None:
+        """Answers a request that changes a disk, or flushes it."""
+        error = None
+        try:
+            view.refuse_changed()
+            if isinstance(view, WritableView):
+                if command == Cmd.WRITE:
+                    view.layer.write(offset, data)
+                elif command != Cmd.FLUSH:
+                    view.layer.zero(offset, length, exact=command == Cmd.WRITE_ZEROES)
+                if command == Cmd.FLUSH or flags & nbd.FUA:
+                    view.layer.flush()
+        except OSError as exc:
+            error = Error(error_number(exc))
+        except VmconvError as exc:
+            self._reply(cookie, Error.EIO)
+            if isinstance(exc, AccessError):
+                raise
+            return
+        self._reply(cookie, error)
+
+    def _payload(self, length: int) -> memoryview:
+        """Returns the data of a write."""
+        if length > nbd.MAX_REQUEST:
+            raise ProtocolError(f"a write of {length} bytes, {nbd.MAX_REQUEST} at most")
+        data = memoryview(bytearray(length))
+        for at in range(0, length, _PIECE):
+            self._deadline = time.monotonic() + PIECE_TIME
+            piece = data[at : at + _PIECE]
+            piece[:] = self._receive(len(piece))
+        return data
 
     def _refuse_change(self, command: int, cookie: int, length: int) -> None:
         if command == Cmd.WRITE:
@@ -356,3 +405,8 @@ class Connection:
             if self._transmits:
                 self._deadline = time.monotonic() + PIECE_TIME
             length -= len(self._receive(min(length, _PIECE)))
+
+
+def _flags(view: View) -> int:
+    """Returns the transmission flags of an export."""
+    return nbd.WRITABLE_FLAGS if isinstance(view, WritableView) else nbd.EXPORT_FLAGS

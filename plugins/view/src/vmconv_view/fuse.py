@@ -15,11 +15,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vmconv.plugin import BackendError, VmconvError, printable
 from vmconv_view.rights import OWN, Rights, rights_of
-from vmconv_view.tree import Held, Node, Tree
+from vmconv_view.tree import Held, Node
 
 # mfusepy would prefer libfuse 2 if that is installed too.
 os.environ.setdefault("FUSE_LIBRARY_NAME", "fuse3")
@@ -40,6 +40,16 @@ _ENDED_BY_SIGNAL = 8
 """libfuse's return value after SIGINT or SIGTERM ended its loop and it has unmounted."""
 
 
+class Shelf(Protocol):
+    """What a mount shows: `Tree`, or a single disk."""
+
+    def node(self, path: str, rights: Rights = OWN, /) -> Node:
+        """Returns the node at a path, relative to the root."""
+
+    def open(self, path: str, rights: Rights = OWN, /) -> Held:
+        """Opens a file."""
+
+
 class Filesystem(mfusepy.Operations):  # type: ignore[misc]
     """The operations for libfuse; `ready` is called after mounting.
 
@@ -48,7 +58,7 @@ class Filesystem(mfusepy.Operations):  # type: ignore[misc]
 
     use_ns = True
 
-    def __init__(self, tree: Tree, ready: Callable[[], None], *, others: bool) -> None:
+    def __init__(self, tree: Shelf, ready: Callable[[], None], *, others: bool) -> None:
         self.held: dict[int, Held] = {}
         self._tree = tree
         self._ready = ready
@@ -152,7 +162,15 @@ class _Session(mfusepy.FUSE):  # type: ignore[misc]
             ctypes.pythonapi.PyGILState_Ensure()
 
 
-def mount(tree: Tree, point: str, ready: Callable[[], None], *, allow_other: bool) -> None:
+def mount(
+    tree: Shelf,
+    point: str,
+    ready: Callable[[], None],
+    *,
+    allow_other: bool,
+    operations: type[Filesystem] = Filesystem,
+    read_only: bool = True,
+) -> None:
     """Mounts the tree and returns when it is unmounted: by fusermount -u, by umount, by SIGINT or SIGTERM."""
     mounted = threading.Event()
 
@@ -170,10 +188,10 @@ def mount(tree: Tree, point: str, ready: Callable[[], None], *, allow_other: boo
         options["max_threads"] = MAX_THREADS
     try:
         _Session(
-            Filesystem(tree, note_ready, others=allow_other),
+            operations(tree, note_ready, others=allow_other),
             point,
             foreground=True,
-            ro=True,
+            ro=read_only,
             direct_io=True,
             default_permissions=True,
             fsname="vmconv",
@@ -199,14 +217,14 @@ def _attributes(node: Node) -> dict[str, int]:
         "st_ctime": status.st_ctime_ns,
         "st_atime": status.st_mtime_ns,
     }
-    if stat.S_ISDIR(status.st_mode):
+    if stat.S_ISDIR(status.st_mode) or stat.S_ISDIR(node.mode):
         return {**found, "st_mode": stat.S_IFDIR | node.mode & 0o555, "st_nlink": 2}
     # A directory needs search permission (1) where its files have read permission (4).
     if node.view is None:
         return {**found, "st_mode": stat.S_IFDIR | mode | mode >> 2, "st_nlink": 2}
     return {
         **found,
-        "st_mode": stat.S_IFREG | mode,
+        "st_mode": stat.S_IFREG | (node.mode & 0o666 if node.is_writable else mode),
         "st_nlink": 1,
         "st_size": node.view.size,
         "st_blocks": -(-node.view.data_size // 512),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 
-from vmconv.plugin import Command, access, add_access, add_secret
+from vmconv.plugin import Command, access, add_access, add_format, add_secret
+from vmconv_view.overlay_options import add_writable, refuse_contradictions
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="directory of images, or one image; nothing in it is changed")
+    parser.add_argument("directory", metavar="DIR", help="directory of images, or one image (FILE)")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory outside of DIR to show them in")
     parser.add_argument("--fork", action="store_true", help="go to the background once it is mounted")
     parser.add_argument(
@@ -23,6 +24,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         default="",
         help="show only these, such as qcow2,vmdk-monolithicFlat; the name of a format stands for all its subformats",
     )
+    add_format(parser, whose="the image, with --writable")
+    add_writable(parser)
     add_access(parser)
     add_secret(parser)
 
@@ -38,6 +41,9 @@ def _run(options: argparse.Namespace) -> int:
 
     directory, only = _shown(options.directory)
     _refuse(directory, options.mountpoint, options.allow_external)
+    refuse_contradictions(options, 1)
+    if options.writable:
+        return _run_writable(options)
     formats = [name.strip() for name in options.formats.split(",") if name.strip()]
     registry = installed()
     refuse_unknown(registry, formats)
@@ -50,6 +56,41 @@ def _run(options: argparse.Namespace) -> int:
             mount(tree, options.mountpoint, ready, allow_other=options.allow_other)
     finally:
         tree.close()
+    return 0
+
+
+def _run_writable(options: argparse.Namespace) -> int:
+    import signal
+
+    from vmconv.api import installed, new_name
+    from vmconv.plugin import RAW_NAME, UsageError
+    from vmconv_view import background
+    from vmconv_view.disk_mount import DiskFilesystem, DiskTree
+    from vmconv_view.fuse import mount
+    from vmconv_view.overlay import Overlay
+
+    if options.formats:
+        raise UsageError("--writable shows the guest's disk, and no format")
+    if not os.path.isfile(options.directory):
+        raise UsageError(f"{options.directory}: is no file", hint="--writable shows one image")
+    registry = installed()
+    overlay = Overlay(options.directory, options, registry)
+    try:
+        overlay.announce()
+        name = new_name(os.path.basename(options.directory), registry.format(RAW_NAME), registry)
+        tree = DiskTree(name, overlay.view, os.stat(overlay.path))
+        ready = background.fork() if options.fork else lambda: None
+        with background.ended_by_signals(signal.SIG_DFL):
+            mount(
+                tree,
+                options.mountpoint,
+                ready,
+                allow_other=options.allow_other,
+                operations=DiskFilesystem,
+                read_only=False,
+            )
+    finally:
+        overlay.close()
     return 0
 
 
@@ -87,11 +128,12 @@ COMMAND = Command(
     "show the images of a directory in every format, as files",
     "Shows each image of DIR in every installed format as ordinary read-only files: MOUNTPOINT/IMAGE/FORMAT/FILE.\n"
     "If DIR is an image, it is the only one. Nothing is converted: reads are served from the image. Runs until it is\n"
-    "unmounted.",
+    "unmounted. With --writable the guest's disk is the only file, and writes go to a layer on the image.",
     _configure,
     _run,
     "end it with fusermount3 -u MOUNTPOINT, umount, ^C or SIGTERM\n\n"
     "examples:\n"
     "  vmconv mount /srv/images /mnt\n"
+    "  vmconv mount --writable disk.vhdx /mnt\n"
     "  cp --sparse=always /mnt/disk.vmdk/vhdx/disk.vhdx /backup/",
 )

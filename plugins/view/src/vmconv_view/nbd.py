@@ -1,4 +1,4 @@
-"""The NBD protocol of a read-only server (NetworkBlockDevice/nbd, doc/proto.md).
+"""The NBD protocol of a server (NetworkBlockDevice/nbd, doc/proto.md).
 
 Fixed newstyle negotiation, with TLS if it is configured; simple and structured replies; block status in the context
 base:allocation.
@@ -83,6 +83,10 @@ class Info(IntEnum):
 class Transmission(IntFlag):
     HAS_FLAGS = 1
     READ_ONLY = 2
+    SEND_FLUSH = 4
+    SEND_FUA = 8
+    SEND_TRIM = 32
+    SEND_WRITE_ZEROES = 64
     CAN_MULTI_CONN = 256
 
 
@@ -96,6 +100,10 @@ class Cmd(IntEnum):
     BLOCK_STATUS = 7
 
 
+FUA = 1
+"""Flag of a change: it is durable before the reply."""
+NO_HOLE = 2
+"""Flag of WRITE_ZEROES: the client would like allocated blocks; a layer's zeros have none."""
 REQ_ONE = 8
 """Flag of BLOCK_STATUS: the client wants one range."""
 
@@ -119,9 +127,18 @@ class Error(IntEnum):
     EPERM = 1
     EIO = 5
     EINVAL = 22
+    ENOSPC = 28
 
 
 EXPORT_FLAGS = Transmission.HAS_FLAGS | Transmission.READ_ONLY | Transmission.CAN_MULTI_CONN
+WRITABLE_FLAGS = (
+    Transmission.HAS_FLAGS
+    | Transmission.SEND_FLUSH
+    | Transmission.SEND_FUA
+    | Transmission.SEND_TRIM
+    | Transmission.SEND_WRITE_ZEROES
+    | Transmission.CAN_MULTI_CONN
+)
 
 
 class ProtocolError(VmconvError):

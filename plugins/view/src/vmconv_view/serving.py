@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,6 +21,7 @@ from vmconv.plugin import (
     counted,
     printable,
 )
+from vmconv_view.overlay_options import add_writable, refuse_contradictions
 
 if TYPE_CHECKING:
     import socket
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 def _configure(parser: argparse.ArgumentParser) -> None:
     if isinstance(parser, Parser):
         parser.intermixed = True
-    parser.add_argument("files", nargs="+", metavar="FILE", help="images to export; never changed")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="images to export; not changed, unless --commit")
     add_format(parser, whose="each FILE")
     parser.add_argument(
         "-x",
@@ -63,6 +65,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     _add_tls(parser)
     parser.add_argument("-t", "--persistent", action="store_true", help="keep running after the last client")
     parser.add_argument("--fork", action="store_true", help="go to the background once clients can connect")
+    add_writable(parser)
     add_access(parser)
     add_secret(parser)
 
@@ -98,6 +101,9 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.plugin import Opener
     from vmconv_view.background import ended_by_signals
 
+    refuse_contradictions(options, len(options.files))
+    if options.writable:
+        return _run_writable(options)
     with (
         Opener(installed(), **access(options), settle=settle, remote=True) as opener,
         # Signals end the command normally.
@@ -108,18 +114,51 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_writable(options: argparse.Namespace) -> int:
+    from vmconv.api import installed, new_name
+    from vmconv.plugin import RAW_NAME
+    from vmconv_view.background import ended_by_signals
+    from vmconv_view.overlay import Overlay, closing_all
+
+    registry = installed()
+    if options.snapshot or options.options or registry.writer(options.target_format or RAW_NAME).name != RAW_NAME:
+        raise UsageError("--writable exports the guest's disk, as raw, in its present state")
+    tls = _tls(options)
+    overlays: list[Overlay] = []
+
+    def made(path: str) -> dict[bytes, View]:
+        overlays.append(Overlay(path, options, registry))
+        name = new_name(os.path.basename(path), registry.format(RAW_NAME), registry)
+        return {os.fsencode(name): overlays[-1].view}
+
+    try:
+        with suppress(KeyboardInterrupt), ended_by_signals(_end):
+            exports = _named(options, made)
+            for each in overlays:
+                each.announce()
+            _serve(options, exports, tls)
+    finally:
+        closing_all(overlays)
+    return 0
+
+
 def _end(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def _exports(options: argparse.Namespace, opener: Opener) -> dict[bytes, View]:
     """Returns the files to export by name, the default also by ""; plans them now, so that errors come first."""
+    return _named(options, lambda path: _views(options, opener, path))
+
+
+def _named(options: argparse.Namespace, views: Callable[[str], dict[bytes, View]]) -> dict[bytes, View]:
+    """Returns the views of all FILEs under the names that the user gave them."""
     names: list[str] = options.export_name or []
     if len(names) > len(options.files):
         raise UsageError(f"--export-name: {len(names)} names for {counted(len(options.files), 'FILE')}")
     exports: dict[bytes, View] = {}
     for number, path in enumerate(options.files):
-        found = _views(options, opener, path)
+        found = views(path)
         if number < len(names):
             found[_checked(names[number])] = found.popitem()[1]
         for name in found.keys() & exports.keys():
@@ -234,14 +273,16 @@ def _uri(place: str, name: bytes, exports: dict[bytes, View]) -> str:
 COMMAND = Command(
     "serve",
     "export images in another format over the network (NBD)",
-    "Exports, read-only over NBD, each FILE in another format, or the guest's disk. Nothing is converted: reads are\n"
-    "served from FILE. Ends after the last client has disconnected, unless --persistent.",
+    "Exports each FILE in another format, or the guest's disk, over NBD. Nothing is converted: reads are served from\n"
+    "FILE. It is read-only, unless --writable, which keeps writes in a layer on FILE. Ends after the last client has\n"
+    "disconnected, unless --persistent.",
     _configure,
     _run,
     "end it with ^C or SIGTERM\n\n"
     "examples:\n"
     "  vmconv serve disk.vmdk --as vhdx --socket /run/disk.sock\n"
     "  vmconv serve disk.vhdx --persistent &\n"
+    "  vmconv serve --writable disk.vhdx --socket /run/disk.sock\n"
     "  vmconv serve web.vhdx db.vmdk -x web -x db -t -b :: --tls-certificates /etc/pki/nbd --tls-verify-peer\n"
     "  qemu-img convert -O qcow2 nbd://127.0.0.1:10809 disk.qcow2",
 )

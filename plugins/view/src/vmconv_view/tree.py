@@ -46,6 +46,7 @@ class Node(NamedTuple):
     names: Callable[[], Iterable[str]] = tuple
     view: View | None = None
     has_files: bool = False
+    is_writable: bool = False
 
 
 class Held(NamedTuple):
