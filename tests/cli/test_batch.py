@@ -80,7 +80,8 @@ def test_a_run_is_resumed_by_running_it_again(disks: list[Path], tmp_path: Path,
     capsys.readouterr()
     assert run("-O", "vhdx", "--directory", out, "--skip-existing", "--output", "json", *disks) == 0
     assert states(events(capsys)) == {disk.name: "exists" if disk in disks[:2] else "made" for disk in disks}
-    assert run("-O", "vhdx", "--directory", out, *disks) == 1
+    # As for a single target that exists; with some of them made it is a partial failure.
+    assert run("-O", "vhdx", "--directory", out, *disks) == 4
     assert capsys.readouterr().err.count("--skip-existing and --if-needed leave it") == len(disks)
 
 

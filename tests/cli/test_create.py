@@ -112,3 +112,11 @@ def test_force_replaces_a_file(tmp_path: Path, capsys: Capture) -> None:
     assert main(["create", "--force", "--output", "json", str(old), "2M"]) == 0
     assert json.loads(capsys.readouterr().out)["target_format"] == "raw"
     assert old.read_bytes() == bytes(2 * MIB)
+
+
+def test_the_backend_is_one_of_that_filesystem(
+    ext4_dir: Path, xfs_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for directory, backend in ((ext4_dir, "copy"), (xfs_dir, "reflink")):
+        assert main(["create", "--output", "json", str(directory / "disk.qcow2"), "8M"]) == 0
+        assert json.loads(capsys.readouterr().out)["backend"] == backend

@@ -84,7 +84,11 @@ def test_info_shows_the_chain_as_a_tree(tmp_path: Path, qemu_img: QemuImg, capsy
         f"        └── {tmp_path}/base.raw (raw, 4 MiB)",
     ]
     assert main(["info", str(raw)]) == 0
-    assert "chain:" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "chain:" not in said
+    assert "has a child: mid.qcow2 refers to it; a change of this image would damage that one\n" in said
+    assert main(["info", "--output", "json", str(raw)]) == 0
+    assert "mid.qcow2" not in capsys.readouterr().out
 
 
 def test_a_missing_parent_is_shown_in_its_place(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import os
 import random
 import re
@@ -40,6 +41,7 @@ from support.inplace import (
 from support.inplace_pairs import Places, Source, Target, other_pairs, pairs, shifted_pairs
 from support.variants import QEMU_NAMES
 from vmconv import api
+from vmconv.cli.main import main
 from vmconv.errors import AccessError, BackendError, ImageError, PlanError, UsageError, VmconvError
 from vmconv.inplace import undo, undofile
 from vmconv.inplace.journal import Journal, Leftover, commit_record
@@ -1152,3 +1154,12 @@ def test_the_journal_is_locked_while_its_run_lives(ext4_dir: Path) -> None:
     api.convert(str(disk), str(ext4_dir / "new.qcow2"), in_place=True, progress=look)
     assert locked
     assert all(locked)
+
+
+def test_undo_and_recover_print_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = make_disk(tmp_path / "disk.raw", MIB)
+    api.convert(str(raw), str(tmp_path / "disk.qcow2"), in_place=True, keep_undo=True)
+    assert main(["undo", "--output", "json", str(tmp_path / "disk.qcow2")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"event": "result", "path": str(raw), "state": "before"}
+    assert main(["recover", "--output", "json", str(raw)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"event": "result", "path": str(raw), "state": "unchanged"}

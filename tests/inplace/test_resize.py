@@ -15,6 +15,7 @@ import vmconv
 from support.disks import MIB, QemuImg, make_disk, qemu_io
 from support.variants import Variant, make, qemu_name, self_contained, title
 from vmconv.cli.main import main
+from vmconv.conversion import pipeline
 from vmconv.errors import AccessError, PlanError, UsageError
 
 Capture = pytest.CaptureFixture[str]
@@ -247,3 +248,40 @@ def test_the_command_line_takes_sizes_with_a_sign(tmp_path: Path, capsys: Captur
     assert os.path.getsize(disk) == 3 * MIB
     assert main(["resize", disk, "-1M"]) == 1
     assert "--shrink" in capsys.readouterr().err
+
+
+def test_a_qed_of_zero_clusters_only_is_resized(tmp_path: Path, qemu_img: QemuImg) -> None:
+    path = tmp_path / "disk.qed"
+    qemu_img("create", "-f", "qed", path, "4M")
+    qemu_io(path, "write -z 0 1M")
+    vmconv.resize(path, 8 * MIB)
+    assert json.loads(qemu_img("info", "--output=json", path).stdout)["virtual-size"] == 8 * MIB
+    qemu_img("check", "-f", "qed", path)
+    (tmp_path / "empty.raw").touch()
+    os.truncate(tmp_path / "empty.raw", 8 * MIB)
+    qemu_img("compare", "-f", "qed", "-F", "raw", path, tmp_path / "empty.raw")
+
+
+def test_a_resize_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = make_disk(tmp_path / "disk.raw", 4 * MIB)
+    vmconv.convert(raw, tmp_path / "disk.qcow2")
+    planned: list[str] = []
+    real = pipeline.prepared
+
+    def counted(*requests: Any) -> Any:
+        planned.extend(one.target for one in requests)
+        return real(*requests)
+
+    monkeypatch.setattr(pipeline, "prepared", counted)
+    vmconv.resize(tmp_path / "disk.qcow2", 8 * MIB)
+    assert planned == [str(tmp_path / "disk.qcow2")]
+
+
+def test_json_names_the_file_as_other_changes_in_place_do(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "disk.qcow2"
+    vmconv.convert(make_disk(tmp_path / "disk.raw", 4 * MIB), path)
+    for command in (["resize", str(path), "8M"], ["snapshot", "-c", "one", str(path)]):
+        assert main([*command, "--output", "json"]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (result["event"], result["path"]) == ("result", str(path))
+        assert not {"source", "target", "filename"} & set(result)

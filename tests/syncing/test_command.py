@@ -34,7 +34,7 @@ def test_it_says_what_changed_and_on_what_evidence(disk: Path, capsys: pytest.Ca
     assert "  copied        0 B  (0 bytes)" in planned
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith(f"{target}: 64 KiB changed in 1 range; shared ")
-    assert main([*arguments, "-n"]) == 0
+    assert main([*arguments, "--dry-run"]) == 0
     assert f"{target}: up to date\n" in capsys.readouterr().out
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith(f"{target}: up to date in ")

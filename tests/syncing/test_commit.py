@@ -209,9 +209,15 @@ def test_a_layer_that_knows_its_parent_by_content_is_refused_and_stays(tmp_path:
     qemu_img("create", "-q", "-f", "vmdk", "-b", base.name, "-F", "vmdk", top)
     qemu_io(top, "write -P 7 3M 1M", format_name="vmdk")
     before = base.read_bytes(), top.read_bytes()
-    with pytest.raises(PlanError, match="by an id of its content"):
+    with pytest.raises(PlanError, match="by an id of its content") as refused:
         vmconv.commit(top)
     assert (base.read_bytes(), top.read_bytes()) == before
+    # The hint's command makes the disk that the commit would have made.
+    assert refused.value.hint
+    _, _, command = refused.value.hint.partition(": vmconv ")
+    merged = tmp_path / "merged.vmdk"
+    assert main([str(merged) if word == "NEW" else word for word in command.split()]) == 0
+    assert vmconv.compare(top, merged)
 
 
 # -- stopped

@@ -718,11 +718,14 @@ def bitmap(
     source_format: str | None = None,
     keep_undo: bool = False,
     allow_external: Iterable[StrPath] = (),
+    merge_from: StrPath | None = None,
+    merge_format: str | None = None,
 ) -> Edited:
     """Changes a persistent bitmap of the image in `path`. `info` lists them.
 
     `changes` are "add", "remove", "clear", "enable", "disable" or "merge:SOURCE", made in this order as one edit. An
-    added bitmap has a bit for each `granularity` bytes, 0 for the format's choice.
+    added bitmap has a bit for each `granularity` bytes, 0 for the format's choice. SOURCE is a bitmap of the image
+    `merge_from`, of the format `merge_format`, or of the image itself.
     """
     given = locals()
     from vmconv.conversion.bitmaps import change_bitmaps

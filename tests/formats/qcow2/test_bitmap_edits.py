@@ -152,3 +152,45 @@ def test_a_snapshot_is_not_applied_below_a_bitmap(ext4_dir: Path, qemu_img: Qemu
     vmconv.bitmap(path, "a", ["remove"])
     vmconv.snapshot(path, "apply", "one")
     qemu_img("check", "-q", "-f", "qcow2", path)
+
+
+def test_a_bitmap_of_another_image_is_merged_as_qemu_merges_it(tmp_path: Path, qemu_img: QemuImg) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", base, "8M")
+    qemu_img("create", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top)
+    qemu_img("bitmap", "--add", "-g", "64k", base, "all")
+    qemu_img("bitmap", "--add", "-g", "32k", top, "new")
+    qemu_io(base, "write -P 1 0 100k")
+    qemu_io(top, "write -P 2 3M 70k")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for path in (base, top):
+        shutil.copy(path, theirs)
+    qemu_img("bitmap", "--merge", "new", "-b", theirs / top.name, "-F", "qcow2", theirs / base.name, "all")
+    before = top.read_bytes()
+    assert main(["bitmap", "-q", "--merge", "new", "-b", str(top), "-F", "qcow2", str(base), "all"]) == 0
+    assert top.read_bytes() == before
+    found = bitmaps(base, qemu_img)
+    assert found == bitmaps(theirs / base.name, qemu_img)
+    # Both that of the base and that of the top.
+    assert found["all"][2:] == ([0, 3 * MIB], [128 << 10, 128 << 10])
+    qemu_img("check", base)
+
+
+def test_merging_from_another_image_needs_one_that_fits(tmp_path: Path, qemu_img: QemuImg) -> None:
+    base, small, raw = (tmp_path / name for name in ("base.qcow2", "small.qcow2", "disk.raw"))
+    for path, size in ((base, "8M"), (small, "4M")):
+        qemu_img("create", "-f", "qcow2", path, size)
+        qemu_img("bitmap", "--add", path, "a")
+    raw.write_bytes(bytes(MIB))
+    before = base.read_bytes()
+    for merge_from, changes, error, message in (
+        (small, ["merge:a"], PlanError, "has 8388608 bytes, and small.qcow2 with bitmap 'a' has 4194304"),
+        (raw, ["merge:a"], UsageError, "is raw, and base.qcow2 is qcow2"),
+        (small, ["clear"], UsageError, "nothing is merged"),
+    ):
+        with pytest.raises(error, match=message):
+            vmconv.bitmap(base, "a", changes, merge_from=merge_from)
+    with pytest.raises(UsageError, match="and no image"):
+        vmconv.bitmap(base, "a", ["merge:b"], merge_format="qcow2")
+    assert base.read_bytes() == before

@@ -59,8 +59,13 @@ def run_batch(options: argparse.Namespace, sources: Sequence[str]) -> int:
         raise
     with streams.drop_output_on_error():
         report.summary(outcomes)
-    failed = sum(one.state == "failed" for one in outcomes)
-    return 0 if not failed else 1 if failed == len(outcomes) else EXIT_PARTIAL
+    codes = [one.exit_code for one in outcomes if one.state == "failed"]
+    if not codes:
+        return 0
+    if len(codes) < len(outcomes):
+        return EXIT_PARTIAL
+    # All failed: with the code of a single conversion if it is the same for all, such as that of targets that exist.
+    return codes[0] if len(set(codes)) == 1 else 1
 
 
 def _existing(options: argparse.Namespace) -> Any:

@@ -23,8 +23,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=lambda source: f"merge:{source}",
         metavar="SOURCE",
-        help="set the bits that the bitmap SOURCE of the same image has",
+        help="set the bits that the bitmap SOURCE has, of the same image or of that of -b",
     )
+    parser.add_argument(
+        "-b", dest="merge_from", metavar="SOURCEFILE", help="with --merge: image of SOURCE, only read (default: FILE)"
+    )
+    add_format(parser, "-F", "SOURCEFILE")
     parser.add_argument(
         "-g", dest="granularity", type=read_size, default=0, metavar="SIZE", help="with --add: bytes for each bit"
     )
@@ -49,6 +53,8 @@ def _run(options: argparse.Namespace) -> int:
         source_format=options.format_f,
         keep_undo=options.keep_undo,
         allow_external=options.allow_external,
+        merge_from=options.merge_from,
+        merge_format=options.format_F,
     )
     report(result, options)
     return 0
@@ -66,5 +72,6 @@ VERB = Verb(
 
 examples:
   vmconv bitmap --add disk.qcow2 since-monday
-  vmconv bitmap --merge since-monday disk.qcow2 since-sunday""",
+  vmconv bitmap --merge since-monday disk.qcow2 since-sunday
+  vmconv bitmap --merge since-monday -b top.qcow2 -F qcow2 disk.qcow2 since-sunday""",
 )

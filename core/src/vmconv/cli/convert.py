@@ -112,7 +112,7 @@ _EXIT_STATUS = """exit status:
      -n that was begun holds no disk; the message says so
   2  the request makes no sense: an unknown format, option or combination
   3  --zero-copy=require, and payload would have to be copied; nothing was touched
-  4  TARGET exists; nothing was touched
+  4  TARGET exists; nothing was touched. With --directory: all targets exist
   5  with --directory: some images were not converted
 
 examples:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def _run(options: argparse.Namespace) -> int:
     from vmconv.cli.output import print_json
     from vmconv.inspect.description import describe
-    from vmconv.inspect.images import opened
+    from vmconv.inspect.images import child_beside, opened
 
     asked = reading(options)._replace(path=in_snapshot(options, options.file))
     with opened(asked, content_decides=True) as (image, opener):
@@ -32,6 +32,8 @@ def _run(options: argparse.Namespace) -> int:
             _print_info(facts)
         if image.parent_reference is not None:
             _print_chain(image)
+        if child := child_beside(image, opener.registry):
+            print(printable(f"has a child: {child} refers to it; a change of this image would damage that one"))
     return 0
 
 

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import argparse
 
-from vmconv.cli.options import add_trust, as_named
-from vmconv.cli.output import say
+from vmconv.cli.options import add_output, add_trust, as_named
+from vmconv.cli.output import print_json, say
 from vmconv.cli.verbs import Verb
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="the source or the target of the conversion, or its journal")
     add_trust(parser, "a journal")
+    add_output(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
     from vmconv.inplace.group import recover
     from vmconv.system import signals
 
-    what = {None: "nothing to recover", True: "the conversion is finished", False: "is as it was before the conversion"}
     # A signal in the middle would only require another recovery.
     with signals.held():
         done = recover(options.path, trust=options.trust)
-        say(f"{as_named(options.path, done.path)}: {what[done.forward]}")
+        named, (state, words) = as_named(options.path, done.path), _STATES[done.forward]
+        if options.output == "json":
+            print_json({"event": "result", "path": named, "state": state})
+        else:
+            say(f"{named}: {words}")
     return 0
+
+
+_STATES = {
+    None: ("unchanged", "nothing to recover"),
+    True: ("after", "the conversion is finished"),
+    False: ("before", "is as it was before the conversion"),
+}
 
 
 VERB = Verb(

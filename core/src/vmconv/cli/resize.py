@@ -50,6 +50,7 @@ def _size(text: str) -> tuple[int, bool]:
 
 def _run(options: argparse.Namespace) -> int:
     from vmconv.api import resize
+    from vmconv.cli.output import as_plain, print_json
     from vmconv.cli.report import report_of
 
     size, relative = options.size
@@ -66,7 +67,11 @@ def _run(options: argparse.Namespace) -> int:
         source_backing_format=options.source_backing_format,
         announce=report.announce,
     )
-    report.results(result)
+    if options.output == "json":
+        facts = {name: value for name, value in as_plain(result).items() if not name.startswith(("source", "target"))}
+        print_json({"event": "result", "path": result.target, "format_name": result.target_format, **facts})
+    else:
+        report.results(result)
     return 0
 
 

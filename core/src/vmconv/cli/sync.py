@@ -55,7 +55,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="replace TARGET although it was modified since its last sync, has nothing in common with SOURCE,\n"
         "or loses snapshots, bitmaps or other names",
     )
-    parser.add_argument("-n", "--dry-run", action="store_true", help="print what would be done; change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done; change nothing")
     parser.add_argument(
         "--zero-copy",
         choices=("auto", "require"),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from vmconv.cli.options import add_trust, as_named
-from vmconv.cli.output import say
+from vmconv.cli.options import add_output, add_trust, as_named
+from vmconv.cli.output import print_json, say
 from vmconv.cli.verbs import Verb
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the target of a conversion with --in-place --keep-undo")
     add_trust(parser, "an undo file")
+    add_output(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -26,7 +27,11 @@ def _run(options: argparse.Namespace) -> int:
             raise
         # The signal arrived after the commit.
         path = results[0]
-    say(f"{as_named(options.file, path)}: is as it was before the conversion")
+    named = as_named(options.file, path)
+    if options.output == "json":
+        print_json({"event": "result", "path": named, "state": "before"})
+    else:
+        say(f"{named}: is as it was before the conversion")
     return 0
 
 

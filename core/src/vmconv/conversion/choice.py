@@ -25,8 +25,12 @@ def choose_backend(registry: Registry, name: str, directory: str, files: Sequenc
     for backend in registry.backends.values():
         if backend.automatic and backend.name != "copy":
             survey = backend.survey(directory, files)
-            if len(survey.refusals) < len(files) or not files:
+            if len(survey.refusals) < len(files):
                 return Proposal(backend, survey)
+            if not files:
+                # Nothing is shared, as for an empty disk. The layout is the same, whichever backend writes it.
+                shares = backend.capabilities(directory).usable
+                return Proposal(backend if shares else registry.backend("copy"), survey)
             # The first backend's reason counts.
             refusals = {**survey.refusals, **refusals}
     return Proposal(registry.backend("copy"), Survey(1, refusals))

@@ -254,8 +254,11 @@ def run(
     verifying: Progress | None = None,
     created: Created | None = None,
     sharing: Progress | None = None,
+    examine: Callable[[Prepared], None] | None = None,
 ) -> tuple[Result, ...]:
     """Plans and executes one conversion, or several of one source as one transaction; see `vmconv.api`.
+
+    `sharing` gets the bytes that are shared, before `progress` gets others. `examine` may refuse what is prepared.
 
     Signals are held while the files are named. `KeyboardInterrupt`, and exceptions of other signal handlers, carry the
     attribute `results`: the return value, empty if nothing was made.
@@ -276,6 +279,8 @@ def run(
                 refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
             refuse_too_large(ready.plan)
             _refuse_unverifiable(ready, verify_mode(verify))
+            if examine:
+                examine(ready)
             if announce:
                 announce(ready.plan)
 

@@ -17,6 +17,7 @@ from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 
 if TYPE_CHECKING:
+    from vmconv.conversion.pipeline import Prepared
     from vmconv.interface.arguments import Resizing
     from vmconv.model.image import Image
     from vmconv.model.plan import Plan
@@ -41,7 +42,8 @@ def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> R
         refuse_undo_file(image.file)
         request = _request(asked, image, size)
 
-    _refuse_rounding(request, size)
+    def examine(ready: Prepared) -> None:
+        _refuse_rounding(ready, asked.path, size)
 
     def planned(plan: Plan) -> None:
         if plan.losses and not asked.keep_undo:
@@ -49,7 +51,7 @@ def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> R
         if announce:
             announce(plan)
 
-    return pipeline.run(request, announce=planned)[0]
+    return pipeline.run(request, announce=planned, examine=examine)[0]
 
 
 def _request(asked: Resizing, image: Image, size: int) -> Request:
@@ -85,11 +87,8 @@ def _refuse(image: Image, size: int, *, shrink: bool) -> None:
         )
 
 
-def _refuse_rounding(request: Request, size: int) -> None:
+def _refuse_rounding(ready: Prepared, path: str, size: int) -> None:
     """Raises `PlanError` if the format would round the size."""
-    with pipeline.prepared(request) as ready:
-        made = planned_image(ready.containers, ready.opener.registry)
-        if made.size != size:
-            raise PlanError(
-                f"{request.target}: cannot have {size} bytes", hint=f"the next possible size is {made.size}"
-            )
+    made = planned_image(ready.containers, ready.opener.registry)
+    if made.size != size:
+        raise PlanError(f"{path}: cannot have {size} bytes", hint=f"the next possible size is {made.size}")

@@ -36,16 +36,27 @@ class Neighbours(NamedTuple):
     unseen: int
 
 
-def look(directory: Directory, own: Sequence[Own], registry: Registry, but: Collection[str] = ()) -> Neighbours:
+def look(
+    directory: Directory,
+    own: Sequence[Own],
+    registry: Registry,
+    but: Collection[str] = (),
+    *,
+    seconds: float = MOST_SECONDS,
+    all_names: bool = True,
+) -> Neighbours:
     """Searches the directory for an image that refers to one of `own` as its parent or payload.
 
-    `but` are files that may refer to them, because they are removed with them.
+    `but` are files that may refer to them, because they are removed with them. Without `all_names`, only files with
+    the suffix of a format are searched. The search ends after `seconds`.
     """
     passed = {*but, *(each.name for each in own)}
     names = [name for name in directory.names() if name not in passed]
     # Files named like images come first, in case the time runs out.
     names.sort(key=lambda name: registry.format_by_suffix(name) is None)
-    end = time.monotonic() + MOST_SECONDS
+    if not all_names:
+        names = [name for name in names if registry.format_by_suffix(name) is not None]
+    end = time.monotonic() + seconds
     for number, name in enumerate(names):
         if time.monotonic() > end:
             return Neighbours(directory.path, None, len(names) - number)

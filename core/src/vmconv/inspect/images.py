@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
-from vmconv.errors import UsageError
+from vmconv.errors import UsageError, VmconvError
 from vmconv.inplace.settling import settle
 from vmconv.interface.arguments import ImagePair, Reading
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.io.secrets import Secrets
 from vmconv.model.image import Image
+
+if TYPE_CHECKING:
+    from vmconv.io.registry import Registry
 
 
 @contextmanager
@@ -60,3 +65,25 @@ def _opener(asked: Reading | ImagePair, secrets: Secrets, format_option: str = "
         remote=True,
         spool=PipeSpool(gettempdir()),
     )
+
+
+def child_beside(image: Image, registry: Registry) -> str | None:
+    """Returns the name of an image of the same directory that refers to this one; None if a short search finds none.
+
+    Opens nothing outside of the directory, whatever its images name.
+    """
+    from vmconv.backends.targets import open_directory
+    from vmconv.inplace import neighbours
+    from vmconv.inplace.rules import Own
+
+    folder, name = os.path.split(os.path.realpath(image.file.path))
+    # Not all directories can be listed, and not all files are in one.
+    with suppress(VmconvError, OSError), open_directory(folder) as directory:
+        own = [Own(image.file, name)]
+        found = neighbours.look(directory, own, registry, seconds=_SEARCHED, all_names=False)
+        return found.refers[0] if found.refers else None
+    return None
+
+
+_SEARCHED = 0.3
+"""Seconds of the search for children, in a command that reads headers."""

@@ -225,7 +225,8 @@ class Editing(NamedTuple):
 class Bitmapping(NamedTuple):
     """Changes of the bitmap `name`, made in their order as one.
 
-    Each is a verb: "add", "remove", "clear", "enable", "disable", or "merge:SOURCE" with the name of another bitmap.
+    Each is a verb: "add", "remove", "clear", "enable", "disable", or "merge:SOURCE" with the name of another bitmap,
+    of the image `merge_from` if it is given.
     """
 
     path: FilePath
@@ -235,6 +236,8 @@ class Bitmapping(NamedTuple):
     source_format: str | None = None
     keep_undo: bool = False
     allow_external: FilePaths = ()
+    merge_from: FilePath | None = None
+    merge_format: str | None = None
 
     @property
     def editing(self) -> Editing:

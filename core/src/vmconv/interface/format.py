@@ -54,12 +54,13 @@ BitmapVerb = Literal["add", "remove", "clear", "enable", "disable", "merge"]
 class BitmapChange(NamedTuple):
     """A change of a bitmap. One that is added has `granularity` bytes for each bit, 0 for the format's choice.
 
-    `source` is the bitmap whose bits are merged into it.
+    `source` is the bitmap whose bits are merged into it, of `source_image` or of the same image.
     """
 
     verb: BitmapVerb
     granularity: int = 0
     source: str = ""
+    source_image: Image | None = None
 
 
 SnapshotVerb = Literal["create", "delete", "apply"]

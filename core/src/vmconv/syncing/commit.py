@@ -247,7 +247,8 @@ class _Commit:
         except VmconvError as exc:
             raise PlanError(
                 f"{lowest.file.name}: knows its parent by an id of its content, which changes: {exc}",
-                hint="convert it to a new file, which flattens the chain",
+                hint=f"make the merged disk a new image, which replaces {self.base.file.name} and all its layers: "
+                f"vmconv convert -O {self.base.format_name} {self.asked.path} NEW",
             ) from exc
 
 

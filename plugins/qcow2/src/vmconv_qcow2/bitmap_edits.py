@@ -136,15 +136,22 @@ def _new_entry(draft: Draft, header: Header, space: Space, name: str, change: Bi
 
 def _merge(draft: Draft, header: Header, space: Space, chosen: Bitmap, change: BitmapChange) -> None:
     """Sets the bits of all that another bitmap has as written."""
-    source = bitmap_named(header, change.source)
-    _refuse_unusable(header, source)
+    origin = header if change.source_image is None else read_header(change.source_image.file)
+    source = bitmap_named(origin, change.source)
+    _refuse_unusable(origin, source)
+    if origin.size != header.size:
+        raise PlanError(
+            f"{draft.name}: has {header.size} bytes, and {origin.file.name} with bitmap {source.name!r} has "
+            f"{origin.size}",
+            hint="only bitmaps of disks of one size can be merged",
+        )
     unit, cluster = 1 << chosen.granularity_bits, header.cluster_size
     if chosen.table_size * cluster > _MOST_MERGED:
         raise PlanError(
             f"{draft.name}: bitmap {chosen.name!r} has {chosen.table_size * cluster} bytes, {_MOST_MERGED} at most"
         )
     edges = np.zeros(chosen.table_size * cluster * 8 + 1, dtype=np.int32)
-    for start, length in (ranges_of(header, chosen), ranges_of(header, source)):
+    for start, length in (ranges_of(header, chosen), ranges_of(origin, source)):
         np.add.at(edges, start // unit, 1)
         np.add.at(edges, -(-(start + length) // unit), -1)
     bits = np.packbits(np.cumsum(edges[:-1]) > 0, bitorder="little").reshape(-1, cluster)

@@ -107,7 +107,8 @@ class _Writer:
         return Blob("header", header + name)
 
     def _l1(self, tables: Column, l2: int) -> Blob:
-        entries = np.zeros(int(tables.max()) + 1 if len(tables) else 0, dtype="<u8")
+        # All entries of the disk: in place, what is not written still has the old table while it is read back.
+        entries = np.zeros(-(-self.size // (self.cluster * self.entries)), dtype="<u8")
         entries[tables] = l2 + np.arange(len(tables), dtype=np.int64) * self.table_bytes
         return Blob("L1 table", entries.tobytes())
 
