@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import socket
 import ssl
 import struct
 import subprocess
+import threading
+import time
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -13,11 +18,29 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from support.disks import MIB, QemuImg, make_disk
-from support.nbd import ABORT, EXPORT_NAME, GO, LIST, PATIENCE, STARTTLS, STRUCTURED, Client, Served, client, served
+from support.nbd import (
+    ABORT,
+    EXPORT_NAME,
+    GO,
+    LIST,
+    PATIENCE,
+    READ,
+    STARTTLS,
+    STRUCTURED,
+    Client,
+    Served,
+    client,
+    served,
+)
 from support.requirements import missing
 from vmconv.cli.main import main
-from vmconv.errors import UsageError
+from vmconv.errors import AccessError, UsageError
+from vmconv.model.extents import Extents
+from vmconv.model.sources import Blob
+from vmconv.model.view import View
+from vmconv_view import connection as connection_module
 from vmconv_view import tls
+from vmconv_view.server import Server, listen_on_socket
 
 TLS_REQUIRED, INVALID, UNSUPPORTED = (1 << 31) + 5, (1 << 31) + 3, (1 << 31) + 1
 
@@ -252,6 +275,60 @@ def test_plain_bytes_after_the_request_for_encryption_are_no_options(running: Se
         with pytest.raises((EOFError, ConnectionResetError)):
             while connection.receive(1):
                 pass
+
+
+def ended(server: Server) -> None:
+    with contextlib.suppress(AccessError):
+        server.run()
+
+
+def test_each_phase_has_a_time_limit_with_tls_too(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "NEGOTIATION_TIME", 2.0)
+    monkeypatch.setattr(connection_module, "PIECE_TIME", 1.0)
+    view = View(Extents.whole(Blob("disk", os.urandom(MIB) * 33)))
+    settings = tls.with_certificates(str(authority.directory), required=True, verify_peer=False)
+    path = str(tmp_path / "nbd.sock")
+    server = Server(listen_on_socket(path), {b"": view}, persistent=True, tls=settings)
+    thread = threading.Thread(target=ended, args=(server,), daemon=True)
+    thread.start()
+
+    def connected() -> Client:
+        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+        connection.settimeout(PATIENCE)
+        connection.connect(path)
+        plain = Client(connection)
+        plain.greet()
+        return plain
+
+    def chosen() -> Client:
+        secured = start_tls(connected())
+        stack.enter_context(secured.socket)
+        assert secured.option(GO, struct.pack(">IH", 0, 0))[-1] == (1, b"")
+        return secured
+
+    with contextlib.ExitStack() as stack:
+        # The handshake never comes.
+        silent = connected()
+        assert silent.option(STARTTLS) == [(1, b"")]
+        slow = chosen()
+        # To wait between requests is no offence.
+        time.sleep(1.5)
+        assert slow.read(0, 512) == view.read(0, 512)
+        slow.socket.sendall(b"\x25")
+        stalled = chosen()
+        stalled.request(READ, 0, 32 * MIB)
+        time.sleep(4)
+        for one in (silent, slow, stalled):
+            with pytest.raises((EOFError, OSError)):
+                one.receive(33 * MIB)
+        monkeypatch.undo()
+        assert chosen().read(0, 512) == view.read(0, 512)
+        server._failure = AccessError("told to end")
+        server._waker.send(b"+")
+    thread.join(timeout=PATIENCE)
+    assert not thread.is_alive()
 
 
 def test_without_settings_there_is_no_tls(xfs_dir: Path) -> None:
