@@ -1,7 +1,7 @@
 """A change of one file in place: rolled forward or back as a whole, wherever it is interrupted.
 
     journal durable -> working name -> new bytes written, durable -> verified -> COMMIT, durable
-    -> dead space freed, durable -> final names, durable -> journal removed
+    -> dead space freed, durable -> confirmed -> final names, durable -> journal removed
 
 Before the commit a change is rolled back, after it a change is completed. Both may be interrupted and repeated. In
 between the file has a working name, so that nothing opens it under its old or new name. Each step is synced before the
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 
-from vmconv.errors import BackendError, PlanError, VmconvError, os_errors
+from vmconv.errors import BackendError, PlanError, VerifyError, VmconvError, os_errors
 from vmconv.inplace import moves as shifting
 from vmconv.inplace import undofile
 from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, parse
@@ -37,6 +38,8 @@ class Change(Journalled):
         self.descriptor = descriptor
         self.working = beside(journal.source, WORKING)
         """The file's name during the change."""
+        self.confirm: Callable[[], None] | None = None
+        """Raises `VmconvError` unless the file holds what it should once all is written; of this run only."""
 
     @property
     def source(self) -> str:
@@ -137,10 +140,22 @@ class Change(Journalled):
     def _finish_file(self) -> None:
         if self.directory.has(self.working):
             self._free()
+            if self.confirm:
+                self._confirm(self.confirm)
             if self.journal.undo:
                 self._stamp_undo(self.journal.undo)
         elif not self.directory.has(self.journal.target):
             raise self._lost(self.working)
+
+    def _confirm(self, confirm: Callable[[], None]) -> None:
+        try:
+            confirm()
+        except VmconvError as exc:
+            raise VerifyError(
+                f"{exc}; the change is committed, and {self._whereabouts()}",
+                hint=f"this is a defect of vmconv or of the storage, please report it; vmconv recover {self.target} "
+                "writes the change again, and gives the file its name",
+            ) from exc
 
     def _free(self) -> None:
         """Frees dead space and syncs, while the file still has its working name."""

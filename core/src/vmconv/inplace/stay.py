@@ -14,6 +14,7 @@ from vmconv.errors import AccessError, BackendError
 from vmconv.inplace import rules, space, undofile
 from vmconv.inplace.change import Change
 from vmconv.inplace.codec import Ranges
+from vmconv.inplace.confirm import Expected, confirm
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import UNDO, beside
 from vmconv.inplace.rules import Own
@@ -106,9 +107,15 @@ class InPlaceTransaction(Transaction):
         others = tuple(file.name for file in plan.files if file is not main)
         journal = self._journal(main, others, plan.files[-1].name)
         self._change = Change(self.directory, journal, self.calls, self.claim.descriptor)
+        expected = Expected.of(self._exact(main), self.carrier)
+        self._change.confirm = lambda: confirm(self.carrier.name, self.claim.descriptor, expected, journal)
         self._change.begin()
         if journal.undo:
             self._write_undo(self._change, journal.undo, main)
+
+    def _exact(self, main: FilePlan) -> FilePlan:
+        """Returns the plan of the carrier with its slack, if parts of blocks may keep old bytes."""
+        return main
 
     def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
         carrier = self.carrier

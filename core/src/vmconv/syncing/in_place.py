@@ -148,14 +148,16 @@ class _Stay(InPlaceTransaction):
 class _RollForward(_Stay):
     """What changed is in the journal before the commit, and written after it. Verification reads the planned file."""
 
+    def _exact(self, main: FilePlan) -> FilePlan:
+        # Zeros of the disk are in blocks that a guest reads: parts of blocks have to become zero, too.
+        return main._replace(slack=False)
+
     def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
         later = space.written(main, Action.WRITE, Action.COPY)
-        # Zeros of the disk are in blocks that a guest reads: parts of blocks have to become zero, too.
-        exact = main._replace(slack=False)
         return self._base_journal(main, others)._replace(
             later=later,
             new=b"".join(main.table.read(offset, length) for offset, length in later.tolist()),
-            dead=space.dead_ranges(exact, self.carrier, os.fstatvfs(self.claim.descriptor).f_bsize),
+            dead=space.dead_ranges(self._exact(main), self.carrier, os.fstatvfs(self.claim.descriptor).f_bsize),
             mtime=self.mtime,
         )
 
