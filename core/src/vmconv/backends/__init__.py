@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 @hookimpl
 def vmconv_register_backends() -> Iterable[Backend]:
     from vmconv.backends.copy import CopyBackend
+    from vmconv.backends.juicefs import JuiceFSBackend
     from vmconv.backends.reflink import ReflinkBackend
 
-    return [ReflinkBackend(), CopyBackend()]
+    return [ReflinkBackend(), JuiceFSBackend(), CopyBackend()]

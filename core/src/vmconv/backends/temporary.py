@@ -165,8 +165,11 @@ def rename(directory: Directory, old: str, new: str, *, replace: bool) -> None:
 
 
 def _create_unnamed(directory: Directory) -> int:
-    """Returns a new file without a name; -1 if the filesystem has none, or without /proc, which naming it needs."""
-    if not os.path.exists("/proc/self/fd"):
+    """Returns a new file without a name; -1 if the filesystem has none, or without /proc, which naming it needs.
+
+    Also -1 on filesystems in user space: JuiceFS 1.4 lets such a file be named, and removes it when it is closed.
+    """
+    if not os.path.exists("/proc/self/fd") or linux.is_fuse(directory.descriptor):
         return -1
     try:
         descriptor = directory.create_unnamed()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from vmconv.conversion.results import Results
 from vmconv.errors import PlanError, PluginError, UsageError, in_words
+from vmconv.interface.backend import Survey
 from vmconv.interface.format import Format
 from vmconv.io.registry import Registry
 from vmconv.model.extents import Extents, Kind
@@ -21,6 +22,9 @@ from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement, Scratch
 from vmconv.model.references import name_for, plain, refer
 from vmconv.model.sources import File
+
+_MOST_GAPS = 4
+"""Chunks by which a file may be longer than its disk, so that its payload begins where chunks do."""
 
 
 class Target(NamedTuple):
@@ -171,7 +175,7 @@ def _name(layer: Image, above: Image, target: Format, registry: Registry, taken:
 def lay_out(
     parts: Sequence[Part],
     target: Target,
-    modulus: int,
+    survey: Survey,
     registry: Registry,
     kept: Kept | None,
     carrier: File | None = None,
@@ -186,18 +190,32 @@ def lay_out(
     for layer, part in zip(reversed(range(len(parts))), parts, strict=True):
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
         placement = Placement(
-            modulus, part.name, target.directory, carrier, target.identity_of(layer), target.content, target.scratch
+            survey.unit, part.name, target.directory, carrier, target.identity_of(layer), target.content, target.scratch
         )
-        # Writers are plugins: a wrong result must name its plugin, not fail somewhere else.
-        layout: Any = target.format.write(disk, target.options, placement, backing=backing)
-        if not isinstance(layout, Layout):
-            said = f"its writer returns {type(layout).__name__}, which is no Layout"
-            raise PluginError(said, format_name=target.format.name)
+        layout = _laid_out(disk, target, placement, backing, survey.chunk)
         identity = placement.identity if target.has_identity else None
         made.append(Container(part.image, disk, target.format, part.name, backing, layout, identity))
         if part is not parts[-1]:
             parent, backing = _as_parent(made[-1], target, registry), Backing(plain(part.name), target.format.name)
     return made
+
+
+def _laid_out(disk: Image, target: Target, placement: Placement, backing: Backing | None, chunk: int) -> Layout:
+    """Returns the layout that the format's writer makes: by chunks if that leaves few gaps."""
+    if chunk > placement.modulus:
+        layout = _written(disk, target, placement._replace(modulus=chunk), backing)
+        if sum(out.table.size for out in layout.files) <= disk.size + _MOST_GAPS * chunk:
+            return layout
+    return _written(disk, target, placement, backing)
+
+
+def _written(disk: Image, target: Target, placement: Placement, backing: Backing | None) -> Layout:
+    layout: Any = target.format.write(disk, target.options, placement, backing=backing)
+    # Writers are plugins: a wrong result must name its plugin, not fail somewhere else.
+    if not isinstance(layout, Layout):
+        said = f"its writer returns {type(layout).__name__}, which is no Layout"
+        raise PluginError(said, format_name=target.format.name)
+    return layout
 
 
 def _as_parent(container: Container, target: Target, registry: Registry) -> Image:

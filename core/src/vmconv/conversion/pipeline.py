@@ -407,7 +407,7 @@ def conversion_of(
 ) -> Conversion:
     """Returns the conversion of one request, planned for the backend of `way`."""
     parts = parts_of(image, target, registry, kept, chain=request.chain)
-    containers = lay_out(parts, target, way.survey.unit, registry, kept, way.carrier)
+    containers = lay_out(parts, target, way.survey, registry, kept, way.carrier)
     for made in containers:
         if request.descriptor is not None:
             from vmconv.conversion.views import refuse_references
@@ -421,7 +421,8 @@ def conversion_of(
 def plan_of(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
     """Returns the plan of one image; unless it is `alone`, its losses name the layer."""
     losses = tuple(loss if alone else type(loss)(f"{made.source.file.name}: {loss}") for loss in made.losses())
-    return plan_layout(made.layout, made.name, directory, backend.name, survey, losses, destination=backend.destination)
+    plan = plan_layout(made.layout, made.name, directory, backend.name, survey, losses, destination=backend.destination)
+    return plan._replace(notes=(*plan.notes, *backend.notes(plan)))
 
 
 _Place = tuple[Directory, str]

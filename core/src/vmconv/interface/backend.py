@@ -43,12 +43,14 @@ class Congruence(Enum):
 class Survey(NamedTuple):
     """The sources that a backend can share, in blocks of `unit` bytes.
 
-    `refusals` maps `id(file)` of the others to a reason that completes "copied because ...".
+    `refusals` maps `id(file)` of the others to a reason that completes "copied because ...". Payload is placed
+    at offsets that are equal to the sources' modulo `chunk` bytes, a power of two, where that leaves few gaps.
     """
 
     unit: int = 1
     refusals: Mapping[int, str] = MappingProxyType({})
     congruence: Congruence = Congruence.MODULO
+    chunk: int = 1
 
 
 class Access(NamedTuple):
@@ -137,11 +139,15 @@ class Backend(ABC):
 
     @abstractmethod
     def capabilities(self, directory: str) -> Capabilities:
-        """Returns the capabilities in a directory, found by trying, never by the name of the filesystem."""
+        """Returns the capabilities in a directory, found by trying, not by the name of the filesystem alone."""
 
     @abstractmethod
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         """Returns which sources can be shared with files of a directory; leaves nothing behind."""
+
+    def notes(self, plan: Plan) -> tuple[str, ...]:
+        """Returns what the user should know before the plan is carried out, such as costs that come later."""
+        return ()
 
     @abstractmethod
     def begin(

@@ -122,7 +122,7 @@ def _disk(
     if kept is not None and image.format_name == wanted.name and kind in (None, image.facts.adapter_type):
         return _kept(number, image, kept, place, way)
     stating = [part._replace(image=part.image.stating(adapter_type=kind)) for part in parts]
-    containers = lay_out(stating, place, way.survey.unit, registry, None)
+    containers = lay_out(stating, place, way.survey, registry, None)
     plans = []
     for made in containers:
         references.confirm(made.layout.references, target.directory)

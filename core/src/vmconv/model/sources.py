@@ -129,7 +129,7 @@ class File(Source):
         """
         if exc.errno != errno.EIO or not os.fstatvfs(self.descriptor).f_flag & os.ST_RDONLY:
             return False
-        return linux.mount_of(linux.name_of(self.descriptor)).type.startswith("fuse")
+        return linux.is_fuse(self.descriptor)
 
     def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
         """Returns the `(start, end)` ranges that may have data, in order; all others are holes."""

@@ -107,7 +107,7 @@ def _has_times(file: File) -> bool:
     # filesystem that has no others. What a FUSE program says need not be true: nbdfuse always says when it began.
     if file.is_device or not file.stamp.ctime % 1_000_000_000:
         return False
-    return not linux.mount_of(linux.name_of(file.descriptor)).type.startswith("fuse")
+    return not linux.is_fuse(file.descriptor)
 
 
 def _place(file: File) -> tuple[bytes, int]:

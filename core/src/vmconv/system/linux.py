@@ -309,6 +309,11 @@ def mount_of(path: str) -> Mount:
     return best
 
 
+def is_fuse(descriptor: int) -> bool:
+    """True for a file of a filesystem in user space."""
+    return mount_of(name_of(descriptor)).type.startswith(("fuse", "virtiofs"))
+
+
 def _unescaped(field: bytes) -> bytes:
     """Returns a field of mountinfo with its octal escapes (space, tab, newline, backslash) decoded."""
     if b"\\" in field:
