@@ -106,7 +106,7 @@ class JuiceFSBackend(Backend):
         for source in sources:
             if source.is_device:
                 reasons[id(source)] = f"{source.name} is a block device, of which files reference nothing"
-            elif source.stamp.device != device:
+            elif source.is_remote or source.stamp.device != device:
                 reasons[id(source)] = f"{source.name} is not on the same mount as {directory}"
         return Survey(1, reasons, chunk=CHUNK)
 
