@@ -35,8 +35,10 @@ class Volume:
         point = self.directory / name
         point.mkdir(exist_ok=True)
         cache = self.directory / f"cache-{name}"
+        # What another mount has done is seen at once.
+        fresh = [f"--{what}-cache=0" for what in ("attr", "entry", "dir-entry")]
         self._running[name] = subprocess.Popen(
-            [self._program, "mount", "--no-usage-report", "--cache-dir", cache, self.meta, point],
+            [self._program, "mount", "--no-usage-report", *fresh, "--cache-dir", cache, self.meta, point],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
