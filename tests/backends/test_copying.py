@@ -287,8 +287,8 @@ def test_filesystems_are_known_that_write_directly(
     place: Path, ext4: Direct, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(linux, "mount_of", noting(asked.append, lambda _path: linux.Mount(kind, "/")))
     with output(place, 1) as made, closing(DirectFile(made.descriptor)) as direct:
+        monkeypatch.setattr(linux, "mount_of", noting(asked.append, lambda _path: linux.Mount(kind, "/")))
         assert direct.prepare(0, MIB) is direct.prepare(0, MIB) is (kind in ("ext4", "xfs"))
     assert asked == [str(place)]
 
