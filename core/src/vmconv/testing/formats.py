@@ -174,7 +174,12 @@ class FormatTests(ReaderTests, StackingTests):
                     continue
                 options = parse_options(self.format.options(), variant, self.format.name)
                 target = f"image{next(iter(self.format.suffixes), '')}"
-                layout = self.format.write(image, options, Placement(512, target))
+                try:
+                    layout = self.format.write(image, options, Placement(512, target))
+                except PlanError:
+                    # Such an image may be too small for the larger disk.
+                    assert size > _MIB, variant
+                    continue
                 names = tuple(out.name or target for out in layout.files)
                 assert self.format.file_names(options, target, size) == names, variant
 
