@@ -209,7 +209,7 @@ def test_a_wrong_word_is_answered_with_the_right_one(
 
 def test_another_option_is_not_suggested_for_its_dashes(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
-        main(["undo", "--output", "json", "a.qcow2"])
+        main(["undo", "--jobs", "2", "a.qcow2"])
     assert "did you mean" not in capsys.readouterr().err
 
 
@@ -348,7 +348,7 @@ def test_names_of_files_do_not_reach_the_terminal(
         ["check", made],
         ["compare", raw, made],
         ["prove", raw, made],
-        ["sync", "-n", raw, synced],
+        ["sync", "--dry-run", raw, synced],
         ["sync", raw, synced],
         ["sync", raw, synced],
         ["convert", "--in-place", "--keep-undo", raw, named],

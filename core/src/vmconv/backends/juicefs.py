@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 from vmconv.backends.files import FileOutput, FileTransaction
 from vmconv.errors import BackendError, counted, os_errors
 from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Survey, Transaction
-from vmconv.model.plan import Action
 from vmconv.model.sources import File
 from vmconv.system import linux
 
 if TYPE_CHECKING:
     from vmconv.io.directory import Directory
     from vmconv.model.extents import Column
-    from vmconv.model.plan import FilePlan, Plan, ShareSteps
+    from vmconv.model.plan import Action, FilePlan, Plan, ShareSteps
 
 TYPE = "fuse.juicefs"
 STATISTICS = ".stats"
@@ -161,14 +160,18 @@ def _statistics(mount: linux.Mount) -> int | None:
 
 def copied_later(plan: Plan) -> int:
     """Returns how many chunks of the plan's files JuiceFS will copy when they are read, with payload in them."""
-    return sum(int(((_steps(file) >= COMPACTED) & (_steps(file, Action.SHARE) > 0)).sum()) for file in plan.files)
+    from vmconv.model.plan import Action
+
+    return sum(
+        int(((_steps(file, *Action) >= COMPACTED) & (_steps(file, Action.SHARE) > 0)).sum()) for file in plan.files
+    )
 
 
 def _steps(file: FilePlan, *actions: Action) -> Column:
-    """Returns for each chunk of a file how many steps with these actions lie in it, by default with any."""
+    """Returns for each chunk of a file how many steps with these actions lie in it."""
     import numpy as np
 
-    steps = file.steps.take(np.isin(file.steps.action, actions or tuple(Action)))
+    steps = file.steps.take(np.isin(file.steps.action, actions))
     change = np.zeros(-(-file.size // CHUNK) + 1, dtype=np.int64)
     np.add.at(change, steps.offset // CHUNK, 1)
     np.subtract.at(change, (steps.offset + steps.length - 1) // CHUNK + 1, 1)

@@ -7,7 +7,7 @@ neither, so that the order of loading does not decide which one reads a disk.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from itertools import islice
@@ -106,22 +106,26 @@ class Registry:
 
     def format(self, name: str) -> Format:
         """Returns a format by its name or QEMU's name; raises `UsageError` with a hint what to install or repair."""
+        return self._format(name, self.all_formats)
+
+    def _format(self, name: str, meant: Iterable[str]) -> Format:
+        """Returns a format; `meant` are the names that a wrong one may have been meant for."""
         known = known_format(name)
         formats = self.all_formats
         for either in (name, known.name if known else name):
             if either in formats:
                 return formats[either]
-        raise UsageError(f"format {name!r} is not installed", hint=self._missing(known.name if known else name))
+        raise UsageError(f"format {name!r} is not installed", hint=self._missing(known.name if known else name, meant))
 
     def writer(self, name: str) -> Format:
         """Returns a format that images can be made of; raises `UsageError` for one that is only read."""
-        one = self.format(name)
+        one = self._format(name, [each for each, other in self.all_formats.items() if other.can_write])
         if not one.can_write:
             have = ", ".join(sorted(name for name, other in self.formats_of(one.kind).items() if other.can_write))
             raise UsageError(f"{one.name} is only read: vmconv makes no such images", hint=f"it makes {have}")
         return one
 
-    def _missing(self, name: str) -> str:
+    def _missing(self, name: str, names: Iterable[str]) -> str:
         broken = self._broken(name)
         if broken:
             return broken
@@ -132,7 +136,7 @@ class Registry:
         if self.memory_formats:
             have += f"; of memory: {', '.join(sorted(self.memory_formats))}"
         about = f"{known.title}: no plugin is known to read it; " if known else ""
-        meant = did_you_mean(name, self.all_formats)
+        meant = did_you_mean(name, names)
         return about + ((known and known.hint) or f"{meant}installed formats: {have}")
 
     def _broken(self, name: str) -> str | None:
@@ -293,7 +297,8 @@ class Registry:
         if content in self.all_formats:
             said = f"{_say(option, content)} or {option} {RAW_NAME}" if option else "give it the suffix of its format"
             return f"a guest can write such a header into its raw disk: {said}"
-        return f"{self._missing(content)}; if a guest wrote that into its raw disk, {_say(option, RAW_NAME)}"
+        missing = self._missing(content, self.all_formats)
+        return f"{missing}; if a guest wrote that into its raw disk, {_say(option, RAW_NAME)}"
 
 
 def _say(option: str, name: str) -> str:
