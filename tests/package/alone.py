@@ -27,7 +27,9 @@ from vmconv.testing.disks import raw_disk
 ALONE = os.environ["VMCONV_ALONE"]
 NEEDED = set() if ALONE == "core" else set(re.findall(r"vmconv-\w+", " ".join(requires(f"vmconv-{ALONE}") or ())))
 """Plugins that this one needs."""
-FORMATS = {known.name for known in KNOWN if known.distribution and known.kind == "disk"}
+FORMATS = {known.name: known.distribution for known in KNOWN if known.distribution and known.kind == "disk"}
+"""The distribution of each disk format."""
+OWN = {name for name, distribution in FORMATS.items() if distribution == f"vmconv-{ALONE}"}
 MEMORY = {known.name for known in KNOWN if known.kind == "memory" and known.distribution == f"vmconv-{ALONE}"}
 
 
@@ -36,7 +38,7 @@ def test_only_that_plugin_is_installed() -> None:
     assert [registry.problems for registry in registries] == [[], []]
     found = {plugin.distribution for registry in registries for plugin in registry.plugins}
     assert found - {"vmconv"} == ({f"vmconv-{ALONE}"} | NEEDED) - {"vmconv-core"}
-    assert set(installed().formats) == {ALONE} & FORMATS
+    assert set(installed().formats) == OWN
     assert set(installed().memory_formats) == MEMORY
 
 
@@ -47,19 +49,19 @@ def test_its_commands_start() -> None:
         subprocess.run([sys.executable, "-m", "vmconv", *command, "--help"], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("name", sorted(FORMATS - {ALONE}))
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - OWN))
 def test_a_format_that_is_not_installed_is_named_with_its_distribution(name: str, tmp_path: Path) -> None:
     disk = tmp_path / f"disk.{name}"
     disk.write_bytes(bytes(4096))
     with pytest.raises(UsageError, match="is not installed") as caught:
         vmconv.info(str(disk), format_name=name)
-    assert caught.value.hint == f"pip install vmconv-{name}"
+    assert caught.value.hint == f"pip install {FORMATS[name]}"
 
 
 def test_formats_lists_what_could_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["formats"]) == 0
     listed = capsys.readouterr().out
-    assert all((f"pip install vmconv-{name} " in listed) == (name != ALONE) for name in FORMATS)
+    assert all((f"pip install {FORMATS[name]} " in listed) == (name not in OWN) for name in FORMATS)
 
 
 @pytest.mark.skipif(
