@@ -106,5 +106,7 @@ def test_all_together_convert(wheels: dict[str, Path], tmp_path: Path) -> None:
     program = str(Environment(tmp_path / "all", *wheels.values()).binaries / "vmconv")
     listed = subprocess.run([program, "formats", "--kind", "disk"], capture_output=True, text=True, check=True).stdout
     formats = {line.split()[0] for line in listed.split("\n\n")[0].splitlines()[1:]}
-    assert formats == {path.name for path in (ROOT / "tests/formats").iterdir()} & set(NAMES)
+    # The folder of a second format of a plugin has its name, too.
+    rooms = {path.name for path in (ROOT / "tests/formats").iterdir()}
+    assert formats == rooms & {*NAMES, "qcow"}
     subprocess.run([program, "demo", "--size", "8M", "--directory", str(tmp_path)], check=True)
