@@ -197,7 +197,9 @@ def test_no_value_is_printed_as_python_has_it(
         elif name != "raw":
             vmconv.convert(str(raw), str(path), force=True)
         assert main(["info", str(path)]) == 0
-        assert main(["plan", "-O", "raw", str(path), str(tmp_path / "target.raw")]) == 0
+        # Without its passphrase there is no plan.
+        code = 2 if kit(name).passphrases else 0
+        assert main(["plan", "-O", "raw", str(path), str(tmp_path / "target.raw")]) == code
         said = capsys.readouterr().out
         assert not re.search(r"[{}\[(]'|None|True|False|[a-z]=", said), said
         assert not re.search(r" (?=:|$)", said, re.MULTILINE), said

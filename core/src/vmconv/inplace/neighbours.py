@@ -42,13 +42,13 @@ def look(
     registry: Registry,
     but: Collection[str] = (),
     *,
-    seconds: float = MOST_SECONDS,
+    seconds: float | None = None,
     all_names: bool = True,
 ) -> Neighbours:
     """Searches the directory for an image that refers to one of `own` as its parent or payload.
 
     `but` are files that may refer to them, because they are removed with them. Without `all_names`, only files with
-    the suffix of a format are searched. The search ends after `seconds`.
+    the suffix of a format are searched. The search ends after `seconds`, by default `MOST_SECONDS`.
     """
     passed = {*but, *(each.name for each in own)}
     names = [name for name in directory.names() if name not in passed]
@@ -56,7 +56,7 @@ def look(
     names.sort(key=lambda name: registry.format_by_suffix(name) is None)
     if not all_names:
         names = [name for name in names if registry.format_by_suffix(name) is not None]
-    end = time.monotonic() + seconds
+    end = time.monotonic() + (MOST_SECONDS if seconds is None else seconds)
     for number, name in enumerate(names):
         if time.monotonic() > end:
             return Neighbours(directory.path, None, len(names) - number)
