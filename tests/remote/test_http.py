@@ -35,11 +35,15 @@ def test_each_format_is_read_as_from_a_file(web: Server, name: str) -> None:
     local = web.directory / f"disk{installed().formats[name].suffixes[0]}"
     local.write_bytes(kit(name).sample({}))
     url = web.url(local.name)
-    assert vmconv.compare(url, local, strict=True)
+    secrets = []
+    for number, passphrase in enumerate(kit(name).passphrases):
+        secrets.append(web.directory.parent / f"secret-{number}")
+        secrets[-1].write_bytes(passphrase)
+    assert vmconv.compare(url, local, strict=True, secrets=secrets)
     there, here = vmconv.info(url), vmconv.info(local)
     assert {**there, "filename": "", "actual-size": 0} == {**here, "filename": "", "actual-size": 0}
-    assert [(row.start, row.length, row.data) for row in vmconv.map_disk(url) if row.data] == [
-        (row.start, row.length, row.data) for row in vmconv.map_disk(local) if row.data
+    assert [(row.start, row.length, row.data) for row in vmconv.map_disk(url, secrets=secrets) if row.data] == [
+        (row.start, row.length, row.data) for row in vmconv.map_disk(local, secrets=secrets) if row.data
     ]
 
 

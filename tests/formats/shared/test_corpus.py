@@ -12,8 +12,11 @@ from support.corpus import ROWS, digest, unpack
 from vmconv.io.registry import installed
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r["format"] == "qcow2"], ids=lambda row: row["name"])
-def test_qcow2_images_are_converted_right_or_refused(row: dict[str, str], corpus: Path, xfs_dir: Path) -> None:
+QCOW = ("qcow1", "qcow2")
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r["format"] in QCOW], ids=lambda row: row["name"])
+def test_qcow_images_are_converted_right_or_refused(row: dict[str, str], corpus: Path, xfs_dir: Path) -> None:
     image = unpack(corpus, row["name"], xfs_dir)
     targets = [(xfs_dir / "target.raw", "raw"), (xfs_dir / "target.qcow2", "qcow2")]
     for target, target_format in targets:
@@ -37,7 +40,7 @@ def test_raw_images_are_converted_right(name: str, corpus: Path, xfs_dir: Path) 
     assert digest(xfs_dir / "target.qcow2", "qcow2") == expected
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r["format"] != "qcow2"], ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", [r for r in ROWS if r["format"] not in QCOW], ids=lambda row: row["name"])
 def test_images_of_other_formats_are_never_taken_for_raw(row: dict[str, str], corpus: Path, xfs_dir: Path) -> None:
     name = row["format"].split("-")[0]
     if name in installed().formats or row["expect"] == "aux" or row["format"] == "parallels-bundle":
