@@ -11,7 +11,6 @@ import vmconv
 from support.corpus import ROWS, digest, unpack
 from vmconv.io.registry import installed
 
-
 QCOW = ("qcow1", "qcow2")
 
 
