@@ -76,6 +76,11 @@ def shown(tree: Tree, path: str, asking: Rights) -> bytes | None:
     except OSError as exc:
         assert exc.errno in (errno.ENOENT, errno.EACCES), exc
         return None
+    except BackendError as exc:
+        if str(exc) != f"{path}: cannot be made":
+            raise
+        # It is listed before it is planned.
+        return None
     try:
         return held.view.read(0, 4)
     finally:
