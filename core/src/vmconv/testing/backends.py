@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -331,12 +332,22 @@ class BackendTests:
         self._refuse_halves(directory, names)
         for at in range(_MOST_STEPS):
             ended = self._killed(directory, names, force=force, at=at)
-            with Directory.at(directory) as place:
-                clean(place, names)
+            self._clean(directory, names)
             self._refuse_halves(directory, names)
             if ended:
                 return
         raise AssertionError(f"commit takes more than {_MOST_STEPS} steps")
+
+    def _clean(self, directory: str, names: Sequence[str]) -> None:
+        """Ends what a killed run began. Its locks may outlive it for a moment: FUSE releases files late."""
+        deadline = time.monotonic() + _LOCKED
+        while True:
+            with Directory.at(directory) as place:
+                clean(place, names)
+            left = [name for name in self.names(directory) if name.startswith(PREFIX)]
+            if not left or time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
 
     def _refuse_halves(self, directory: str, names: Sequence[str]) -> None:
         """Fails if only some of the files exist; removes them."""
@@ -367,6 +378,8 @@ class BackendTests:
 
 
 _MOST_STEPS = 200
+_LOCKED = 10.0
+"""Seconds."""
 _STEPS = frozenset({"ctypes.dlsym", "open", "os.link", "os.remove", "os.rename", "os.truncate"})
 """Audit events before changes of names (PEP 578); ctypes is for system calls that Python lacks."""
 
