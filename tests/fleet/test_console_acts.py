@@ -126,6 +126,8 @@ def test_lists_are_searched_and_sorted(entered: Desk) -> None:
     entered.page.fill("#search", "RAW")
     entered.page.click("button:text-is('Search')")
     entered.page.click("th a:text-is('Size')")
+    # The page before has a link of the same name.
+    entered.page.wait_for_selector("th[aria-sort=ascending]:has-text('Size')")
     entered.page.click("th a:text-is('Size')")
     entered.page.wait_for_selector("th[aria-sort=descending]:has-text('Size')")
     assert entered.page.locator("tbody td.name").all_inner_texts() == ["large.raw", "small.raw"]
