@@ -1,4 +1,4 @@
-"""What is done after the commit of a change in place is looked at before the file gets its name."""
+"""A file is checked after the commit of a change in place, before it gets its name."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_conversion_that_is_done_wrongly_after_its_commit_is_no_success(
 @pytest.mark.parametrize(
     ("what", "said", "format_name"),
     [
-        ("loses writes", "does not have what was written at 0x", "raw"),
+        ("loses writes", "has other bytes than the journal at 0x", "raw"),
         ("punches nothing", "is not zero behind 0x", "raw"),
         # A part of a block of the disk, which a guest reads.
         ("punches nothing", "is not zero behind 0x", "vdi"),

@@ -43,7 +43,8 @@ class JuiceFSOutput(FileOutput):
         columns = (steps.source, steps.source_offset, steps.offset, steps.length)
         for source, source_offset, offset, length in zip(*(one.tolist() for one in columns), strict=True):
             self._reference(descriptors[source], source_offset, offset, length)
-        # What was copied after all is uploaded now.
+            self.on_shared(length)
+        # Uploads bytes that were copied instead.
         os.fsync(self.descriptor)
         wanted, sent = int(steps.length.sum()), self._uploaded() - before
         if wanted and sent >= wanted:
@@ -76,7 +77,7 @@ class JuiceFSOutput(FileOutput):
 
     def _uploaded(self) -> int:
         with os_errors("cannot be examined", where=self.path):
-            found = _statistics(linux.mount_of(linux.name_of(self.descriptor)))
+            found = _bytes_uploaded(linux.mount_of(linux.name_of(self.descriptor)))
         if found is None:
             raise BackendError(f"{self.path}: its mount of JuiceFS no longer tells what it has uploaded")
         return found
@@ -129,12 +130,12 @@ def _refusal(directory: str) -> str | None:
     mount = linux.mount_of(directory)
     if mount.type != TYPE:
         return f"{mount.type} at {mount.point} is not JuiceFS"
-    if _statistics(mount) is None:
+    if _bytes_uploaded(mount) is None:
         return f"JuiceFS at {mount.point} does not tell there what it uploads ({STATISTICS})"
     return None
 
 
-def _statistics(mount: linux.Mount) -> int | None:
+def _bytes_uploaded(mount: linux.Mount) -> int | None:
     """Returns the bytes that a mount has sent to its object storage; None if it does not tell, or is no JuiceFS."""
     if mount.type != TYPE:
         return None

@@ -1,4 +1,4 @@
-"""Looks at a file after its change: the file system is asked what the file holds, not the plan.
+"""Checks a file after a change in place: the filesystem is asked what the file holds, not the plan.
 
 Verification comes before the commit. What is freed, shifted or written after it would be believed otherwise.
 """
@@ -65,7 +65,7 @@ def confirm(name: str, descriptor: int, expected: Expected, journal: Journal) ->
     at = 0
     for offset, length in journal.later.tolist():
         if file.read(offset, length) != journal.new[at : at + length]:
-            raise _differs(name, f"does not have what was written at {offset:#x}")
+            raise _differs(name, f"has other bytes than the journal at {offset:#x}")
         at += length
 
 

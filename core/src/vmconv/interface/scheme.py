@@ -83,7 +83,7 @@ class Url(NamedTuple):
 
 
 def parse_url(text: str) -> Url:
-    """Returns the parts of a URL. Raises `UsageError` if it is none, or too long."""
+    """Returns the parts of a URL. Raises `UsageError` if it is no URL, or too long."""
     found = _URL.fullmatch(text) if len(text) <= MAX_URL and text.isprintable() and " " not in text else None
     if found is None:
         hint = "special characters are percent-encoded: # is %23, a space %20, @ in a user or password %40"

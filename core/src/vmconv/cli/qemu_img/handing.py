@@ -32,7 +32,7 @@ class NotAnsweredError(Exception):
 
 
 def find() -> str | None:
-    """Returns the path of the real qemu-img; None if there is none, or only this front end."""
+    """Returns the path of the real qemu-img; None if only this front end is found."""
     given = os.environ.get(REAL)
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     tried = {os.path.realpath(path) for path in (*_tried(), sys.argv[0])}

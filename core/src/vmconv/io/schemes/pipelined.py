@@ -49,7 +49,7 @@ class Pipelined(Remote):
         """Receives an answer, or a part of one, and calls `settled`; called by one thread at a time."""
 
     def expected(self, number: int) -> Request:
-        """Returns the request that an answer is for. Raises `ReadError` if there is none."""
+        """Returns the request of an answer. Raises `ReadError` if no request has its number."""
         found = self._waiting.get(number)
         if found is None:
             raise ReadError(f"{self.shown}: the server answers the request {number:#x}, which was not made")
