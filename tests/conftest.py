@@ -2,8 +2,8 @@
 
 `VMCONV_REQUIRE` names what must not be missing, separated by commas: `reflink` (loop-mounted XFS and Btrfs), `oracle`
 (programs and libraries that we did not write: QEMU and qemu-img, libvmdk, libvhdi, dissect, a kernel), `fuse`,
-`fuzz` (atheris), `corpus`, `namespaces` (of the network, for the fleet), `chromium`. A test that needs one of them
-fails instead of being skipped.
+`fuzz` (atheris), `corpus`, `namespaces` (of the network, for the fleet), `chromium`, `swift` (OpenStack Swift on a
+filesystem of its own). A test that needs one of them fails instead of being skipped.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from support.disks import QemuImg
 from support.mounts import Mounts, quick_directory
 from support.requirements import CORPUS, missing, oracle_program
 from support.session import Run
+from support.swift import Swift
 from support.times import Times
 from support.tried import TRIED
 
@@ -125,6 +126,16 @@ def corpus() -> Path:
     if not (CORPUS / "expected.tsv").exists():
         missing("corpus", f"no corpus at {CORPUS}")
     return CORPUS
+
+
+@pytest.fixture(scope="session")
+def swift() -> Iterator[Swift]:
+    """A running OpenStack Swift, for the whole session: a test that ends one of its servers starts it again."""
+    directory = RUN.directory / "swift"
+    directory.mkdir()
+    made = Swift(directory)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ class Mounts:
         return made
 
     def _make(self, kind: str) -> Path | str:
-        return _mounted(kind, self._directory / kind, FILESYSTEM_SIZE)
+        return mounted(kind, self._directory / kind, FILESYSTEM_SIZE)
 
     def close(self) -> None:
         for point in self._made.values():
@@ -43,11 +43,11 @@ class Mounts:
 
 def quick_directory(directory: Path) -> Path | None:
     """Returns a directory on an ext4 of its own below `directory`, or None where none can be mounted."""
-    point = _mounted("ext4", directory / "t", TEMPORARY_SIZE)
+    point = mounted("ext4", directory / "t", TEMPORARY_SIZE)
     return None if isinstance(point, str) else point / "t"
 
 
-def _mounted(kind: str, point: Path, size: int) -> Path | str:
+def mounted(kind: str, point: Path, size: int) -> Path | str:
     """Returns a new mount point of a filesystem in a sparse file of `size` bytes, or why there is none."""
     if os.geteuid() != 0:
         return "mounting a loop device needs root"
