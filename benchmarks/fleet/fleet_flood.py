@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import selectors
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 from fleet_measure import LONG, Figure, Setting, percentiles
 from vmconv_fleet import config as settings
@@ -18,6 +23,7 @@ from vmconv_fleet.config import NodeConfig, split_address
 from vmconv_fleet.limiter import raise_descriptor_limit
 from vmconv_fleet.testing import free_port, wait_until
 from vmconv_fleet.trust import joining
+from vmconv_fleet.trust.authority import Invitation
 from vmconv_fleet.trust.identity import Keys, new_node_id
 
 STRANGERS = 2000
@@ -34,7 +40,7 @@ def flood(setting: Setting) -> list[Figure]:
     images = os.path.join(setting.lab.directory, "images")
     os.mkdir(images)
     host = "127.0.0.1"
-    config = setting.lab.add(api=f"{host}:{free_port()}", join=f"{host}:{free_port()}")
+    config = setting.lab.add(api=f"{host}:{free_port()}", join=f"{host}:{free_port()}", gossip=True)
     config = replace(config, datastores={"ds": images})
     settings.save(config)
     ports = {"nobody": None, "API": config.api, "join": config.join, "link": config.listen[0]}
@@ -60,7 +66,7 @@ def _figures(setting: Setting, config: NodeConfig, name: str, disk: str) -> list
     convert = ["fleet", "convert", f"node0:{disk}", "--to", "qcow2", "--follow", "--node", config.directory]
     conversion = _timed(lambda: _vmconv(*convert))
     # Before a new member, for which the node opens its links again.
-    link = _link(setting)
+    link = _link(setting, config)
     return [
         *percentiles(f"{what}: a read over HTTPS", times, p99=1000),
         Figure(f"{what}: a conversion, by the command line", conversion, "s", 10),
@@ -74,16 +80,25 @@ def _disks(client: NodeClient) -> list[str]:
 
 
 def _join(setting: Setting, config: NodeConfig) -> None:
+    joining.join(_invitation(setting, config), Keys.generate().request(new_node_id(), setting.lab.fleet, ["127.0.0.1"]))
+
+
+def _invitation(setting: Setting, config: NodeConfig) -> Invitation:
     assert setting.lab.authority is not None
-    invitation = setting.lab.authority.invite(config, host="127.0.0.1", lifetime=600)
-    joining.join(invitation, Keys.generate().request(new_node_id(), setting.lab.fleet, ["127.0.0.1"]))
+    return setting.lab.authority.invite(config, host="127.0.0.1", lifetime=600)
 
 
-def _link(setting: Setting) -> float:
-    """Returns the seconds until a new member has a link, `LONG` if it gets none; it starts 12 s after the flood."""
+def _link(setting: Setting, founder: NodeConfig) -> float:
+    """Returns the seconds until a new member has a link, `LONG` if it gets none; it joins 12 s after the flood begins.
+
+    Its own port is not flooded: the node that it joined at dials it there.
+    """
     time.sleep(12)
-    config = setting.lab.add()
-    with running(config), NodeClient(config.directory) as client:
+    directory = tempfile.mkdtemp(dir=setting.lab.directory)
+    listen = f"127.0.0.1:{free_port()}"
+    member = ["--directory", directory, "--address", "127.0.0.1", "--listen", listen, "--no-api"]
+    _vmconv("node", "join", str(_invitation(setting, founder)), *member)
+    with running(settings.load(directory)), NodeClient(directory) as client:
         try:
             return wait_until(
                 lambda: any(one["neighbour"] for one in client.get("/api/v1/nodes")["items"]), 60, "a link"
@@ -104,13 +119,48 @@ def _vmconv(*arguments: str) -> None:
 
 @contextmanager
 def strangers(address: str | None, number: int) -> Iterator[None]:
-    """Connects, half of them with the first bytes of a handshake."""
-    with ExitStack() as stack:
+    """Connects, half of them with the first bytes of a handshake; those that are ended connect again."""
+    ended = threading.Event()
+    with selectors.DefaultSelector() as held:
         for index in range(number if address else 0):
-            one = stack.enter_context(socket.create_connection(split_address(address or ""), 10))
-            if index % 2:
-                one.sendall(HELLO)
-        yield
+            held.register(_stranger(address or "", hello=bool(index % 2)), selectors.EVENT_READ, index)
+        returning = threading.Thread(target=_return, args=(held, address, ended))
+        returning.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            returning.join()
+            for key in list(held.get_map().values()):
+                held.unregister(key.fileobj)
+                cast("socket.socket", key.fileobj).close()
+
+
+def _stranger(address: str, *, hello: bool) -> socket.socket:
+    one = socket.create_connection(split_address(address), 10)
+    if hello:
+        one.sendall(HELLO)
+    return one
+
+
+def _return(held: selectors.BaseSelector, address: str | None, ended: threading.Event) -> None:
+    """Replaces connections that were ended, and those that were refused when they returned."""
+    lost: list[int] = []
+    while not ended.wait(0.2):
+        for key, _ in held.select(0):
+            one = cast("socket.socket", key.fileobj)
+            with contextlib.suppress(OSError):
+                if one.recv(1 << 16, socket.MSG_DONTWAIT):
+                    continue
+            held.unregister(one)
+            one.close()
+            lost.append(key.data)
+        while lost and not ended.is_set():
+            try:
+                again = _stranger(address or "", hello=bool(lost[-1] % 2))
+            except OSError:
+                break
+            held.register(again, selectors.EVENT_READ, lost.pop())
 
 
 @contextmanager

@@ -223,6 +223,7 @@ class Members:
         self.revoked: set[str] = set()
         self.issued: list[bytes] = []
         self.used: dict[str, set[str]] = {}
+        self.expected: dict[str, object] = {}
 
     def is_known(self, node: str) -> bool:
         return node in self.known
@@ -241,6 +242,9 @@ class Members:
 
     def certified(self, certificate: bytes) -> None:
         self.issued.append(certificate)
+
+    def expect(self, node: str, stated: object) -> None:
+        self.expected[node] = stated
 
     def revoke(self, node: str) -> None:
         self.revoked.add(node)
@@ -265,7 +269,7 @@ def invite(
 
 def joined(lab: Lab, invitation: Invitation, directory: Path) -> NodeConfig:
     keys, node = Keys.generate(), new_node_id()
-    granted = joining.join(invitation, csr(keys, node))
+    granted = joining.join(invitation, csr(keys, node), links=["10.0.0.9:7447"])
     directory.mkdir()
     config = replace(
         lab.nodes[0], directory=str(directory), node=node, authorities=[invitation.address], connect=granted.seeds
@@ -285,6 +289,7 @@ def test_a_node_joins_by_an_invitation(
     assert config.connect[0] == lab.nodes[0].listen[0]
     assert len(config.connect) == 1 + joining.MAX_SEEDS
     assert len(members.issued) == 1
+    assert members.expected == {config.node: ["10.0.0.9:7447"]}
 
 
 def test_a_joining_node_gets_the_members_certificates(

@@ -223,6 +223,9 @@ class _Nobody:
     def certified(self, certificate: bytes) -> None:
         pass
 
+    def expect(self, node: str, stated: object) -> None:
+        pass
+
     def revoke(self, node: str) -> None:
         pass
 

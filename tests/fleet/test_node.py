@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vmconv_fleet.config import load, save
 from vmconv_fleet.testing import PATIENCE, free_port, wait_until
 
 
@@ -101,6 +103,21 @@ def test_a_node_joins_is_seen_renews_and_leaves(founder: Machine, machine: Calla
     assert "has left" in second.node("leave")
     assert not second.directory.exists()
     wait_until(lambda: founder.status()["neighbours"] == [], PATIENCE, "it has gone")
+
+
+@pytest.mark.slow
+def test_a_node_that_dials_nobody_is_dialled_by_the_one_where_it_joined(
+    founder: Machine, machine: Callable[[str], Machine]
+) -> None:
+    """As when strangers hold all places of the founder's port."""
+    second = machine("second")
+    invitation = founder.node("invite", "--address", "127.0.0.1").strip()
+    second.node("join", invitation, *ports("listen"), *LOCAL)
+    settings = load(str(second.directory))
+    assert settings.connect
+    save(replace(settings, connect=[]))
+    second.run()
+    wait_until(lambda: second.status()["neighbours"] == [founder.status()["node"]], PATIENCE, "it has a link")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 from fleet.plain import node_id
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.links.peers import DEGREE, Dialler, dialled, links_of
+from vmconv_fleet.links.peers import DEGREE, MAX_EXPECTED, Dialler, dialled, links_of
 from vmconv_fleet.links.zenoh_config import MESH
 from vmconv_fleet.trust.addresses import MAX_ANNOUNCED, dialable
 
@@ -200,6 +200,35 @@ def test_a_look_probes_a_bounded_number_of_members() -> None:
     world.step()
     world.step()
     assert world.probes.total() == 32
+
+
+def test_a_node_that_joins_is_dialled_where_it_said_until_it_has_a_record() -> None:
+    joined, records = node_id(1), dict[str, Mapping[str, Any]]()
+    probed: list[str] = []
+
+    def meets(address: str) -> str:
+        probed.append(address)
+        return joined
+
+    dialler = Dialler(replace(CONFIG, node=node_id(0)), lambda: [joined], lambda node: records.get(node, {}), meets)
+    dialler.expect(joined, ["127.0.0.1:7447", "10.0.0.9:0", 5, "10.0.0.2:7447"])
+    assert not dialler.look([], 0.0)
+    assert dialler.look([], 2.0)
+    assert dialler.endpoints() == probed == ["10.0.0.2:7447"]
+    records[joined] = {"links": ["10.0.0.3:7447"]}
+    assert dialler.look([], 4.0)
+    assert dialler.endpoints() == ["10.0.0.3:7447"]
+
+
+def test_only_the_newest_nodes_that_joined_are_remembered() -> None:
+    probed: list[str] = []
+    members = [node_id(number) for number in range(1, MAX_EXPECTED + 2)]
+    dialler = Dialler(replace(CONFIG, node=node_id(0)), lambda: members[:2], lambda _node: {}, probed.append)
+    for number, member in enumerate(members):
+        dialler.expect(member, [f"10.0.0.{number}:7447"])
+    dialler.look([], 0.0)
+    dialler.look([], 2.0)
+    assert probed == ["10.0.0.1:7447"]
 
 
 def test_without_gossip_only_the_seeds_are_dialled() -> None:

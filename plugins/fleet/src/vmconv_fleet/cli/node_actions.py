@@ -52,6 +52,7 @@ def init_node(options: argparse.Namespace) -> int:
 
 
 def join_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.links.peers import links_of
     from vmconv_fleet.trust import credentials, joining
     from vmconv_fleet.trust.addresses import local_addresses
     from vmconv_fleet.trust.authority import Invitation
@@ -66,7 +67,10 @@ def join_node(options: argparse.Namespace) -> int:
         stated = _stated_addresses(options)
         names = stated or local_addresses()
         # The authority decides the fleet's name and puts it into the certificate.
-        granted = joining.join(invitation, keys.request(node, "joining", names), drops=not stated, name=_name(options))
+        # Where it listens is known before the fleet's name is.
+        links = links_of(_config(options, directory, "joining", node, []))
+        request = keys.request(node, "joining", names)
+        granted = joining.join(invitation, request, drops=not stated, name=_name(options), links=links)
         config = _config(options, directory, granted.fleet, node, [invitation.address], granted.seeds)
         write_private(config.path("ca.pem"), granted.authorities)
         credentials.keep_members(directory, [granted.members])

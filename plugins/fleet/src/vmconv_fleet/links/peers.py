@@ -1,4 +1,6 @@
-"""The members that a node dials besides its seeds: found in their own signed records, and probed before Zenoh dials."""
+"""The members that a node dials besides its seeds: found in their own signed records, or stated when they joined, and
+probed before Zenoh dials.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,9 @@ SOONEST, LATEST = 2.0, 60.0
 """Seconds between two probes of a missing member: an eighth of its absence, within these limits. The first one comes
 after the shortest time.
 """
+
+MAX_EXPECTED = 64
+"""The number of nodes that joined and have no record yet, whose addresses are remembered."""
 
 
 def links_of(config: NodeConfig) -> list[str]:
@@ -69,6 +74,15 @@ class Dialler:
         self._here = any(is_loopback(split_address(address)[0]) for address in config.listen)
         self._absent: dict[str, tuple[float, float]] = {}
         self._found: dict[str, str] = {}
+        self._expected: dict[str, list[str]] = {}
+
+    def expect(self, node: str, stated: object) -> None:
+        """Remembers where a node that joins will listen, until it has a record. Called on any thread.
+
+        It may know no other node than this one, and strangers may keep it from this one's port.
+        """
+        expected = {**self._expected, node: dialable(stated, here=self._here)}
+        self._expected = dict(list(expected.items())[-MAX_EXPECTED:])
 
     def endpoints(self) -> list[str]:
         """Returns the addresses to dial, one for each member that was met."""
@@ -106,5 +120,8 @@ class Dialler:
 
     def _meet(self, node: str) -> str | None:
         """Returns an address at which the member itself answers, or None."""
-        addresses: Sequence[str] = dialable(self._record(node).get("links"), here=self._here)
+        record = self._record(node)
+        addresses: Sequence[str] = (
+            dialable(record.get("links"), here=self._here) if record else self._expected.get(node, [])
+        )
         return next((address for address in addresses if self._meets(address) == node), None)

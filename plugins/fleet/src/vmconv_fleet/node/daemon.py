@@ -212,7 +212,7 @@ class Daemon:
         from vmconv_fleet.trust.membership import Members
 
         seeds = lambda: [*self.config.connect, *self._dialler.endpoints()]  # noqa: E731
-        members = Members(self.service, self.trust, self.link.members_changed, seeds)
+        members = Members(self.service, self.trust, self.link.members_changed, seeds, self._dialler.expect)
         joining = JoinService(self.config, Authority.load(self.config.directory), members)
         self.service.observe(joining.limiter)
         self.service.observe(joining.thread)

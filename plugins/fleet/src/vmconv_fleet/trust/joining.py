@@ -3,7 +3,9 @@
 The service answers three requests, each a POST of JSON, and returns the authority's certificate without
 authentication (GET /ca):
 
- /join    with a token of an invitation: a certificate for an unused node id, and those of the members
+ /join    with a token of an invitation: a certificate for an unused node id, and those of the members. The node
+          states where it will listen for links, and this node dials it: strangers may hold all places of the port
+          here
  /renew   with the node's certificate: a new one for the same node id, for the same or new keys. A certificate that
           expired comes in the body: the new one is for the same keys, with which the request is signed
  /leave   with the node's certificate: the revocation of this node
@@ -22,7 +24,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,6 +91,9 @@ class Membership(Protocol):
 
     def certified(self, certificate: bytes) -> None:
         """Stores the certificate of a node durably."""
+
+    def expect(self, node: str, stated: object) -> None:
+        """Dials a node that joins at the addresses that it states, which may be anything."""
 
     def revoke(self, node: str) -> None:
         """Revokes the node durably."""
@@ -193,6 +198,7 @@ class JoinService:
             raise AuthorityError(f"node id {node} is taken")
         self.authority.redeem(token)
         _log.info("node %s joins", node)
+        self.membership.expect(node, asked.get("links"))
         # All members, within a limit: the new node accepts them from its first session on.
         return {**self._certified(certificate), "members": _within(MAX_MEMBERS, self.membership.certificates())}
 
@@ -324,8 +330,10 @@ class Granted(NamedTuple):
     members: bytes = b""
 
 
-def join(invitation: Invitation, request: bytes, *, drops: bool = False, name: str = "") -> Granted:
-    """Requests a certificate with an invitation, for a node of this name.
+def join(
+    invitation: Invitation, request: bytes, *, drops: bool = False, name: str = "", links: Sequence[str] = ()
+) -> Granted:
+    """Requests a certificate with an invitation, for a node of this name that will listen at `links`.
 
     `drops`: without the addresses that the authority does not allow.
     """
@@ -336,7 +344,13 @@ def join(invitation: Invitation, request: bytes, *, drops: bool = False, name: s
         node = common_name(connection.sock)
         if node != invitation.node:
             raise JoinError(f"{invitation.address}: is node {node}, the invitation names {invitation.node}")
-        asked = {"request": request.decode(), "token": invitation.token, "drops": drops, "name": name}
+        asked = {
+            "request": request.decode(),
+            "token": invitation.token,
+            "drops": drops,
+            "name": name,
+            "links": [*links],
+        }
         found = _post(connection, "/join", asked)
     link = join_address(host, int(found["link_port"]))
     seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))[: MAX_SEEDS + 1]

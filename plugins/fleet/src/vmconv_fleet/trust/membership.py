@@ -21,7 +21,7 @@ DURABLE_WITHIN = 8.0
 class Members:
     """Implements `joining.Membership` with the node's own records; writes the certificates of joining nodes.
 
-    `seeds` returns addresses where this node has met members.
+    `seeds` returns addresses where this node has met members; `expect` is told the stated ones of a node that joins.
     """
 
     def __init__(
@@ -30,11 +30,13 @@ class Members:
         trust: CertificateTrust,
         changed: Callable[[], None],
         seeds: Callable[[], list[str]],
+        expect: Callable[[str, object], None],
     ) -> None:
         self._service = service
         self._trust = trust
         self._changed = changed
         self._seeds = seeds
+        self.expect = expect
 
     def is_known(self, node: str) -> bool:
         return node in self._service.view().positions() or self._trust.is_certified(node)
