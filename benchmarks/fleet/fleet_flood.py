@@ -27,6 +27,8 @@ from vmconv_fleet.trust.authority import Invitation
 from vmconv_fleet.trust.identity import Keys, new_node_id
 
 STRANGERS = 2000
+MACHINES = 8
+"""The number of addresses that they have."""
 REOPENED_S = 10.0
 """After a member has joined, the node opens its links again. Its port refuses connections for a moment, and all that it
 had are gone: strangers who come before are no flood.
@@ -89,15 +91,25 @@ def _invitation(setting: Setting, config: NodeConfig) -> Invitation:
 
 
 def _link(setting: Setting, founder: NodeConfig) -> float:
-    """Returns the seconds until a new member has a link, `LONG` if it gets none; it joins 12 s after the flood begins.
+    """Returns the seconds until a new member has a link, `LONG` if it gets none. Its own port is not flooded.
 
-    Its own port is not flooded: the node that it joined at dials it there.
+    It starts when the node has opened its links again for it, and strangers hold the places since.
     """
-    time.sleep(12)
     directory = tempfile.mkdtemp(dir=setting.lab.directory)
     listen = f"127.0.0.1:{free_port()}"
-    member = ["--directory", directory, "--address", "127.0.0.1", "--listen", listen, "--no-api"]
+    member = [
+        "--directory",
+        directory,
+        "--name",
+        os.path.basename(directory),
+        "--address",
+        "127.0.0.1",
+        "--listen",
+        listen,
+        "--no-api",
+    ]
     _vmconv("node", "join", str(_invitation(setting, founder)), *member)
+    time.sleep(REOPENED_S + 12)
     with running(settings.load(directory)), NodeClient(directory) as client:
         try:
             return wait_until(
@@ -123,7 +135,7 @@ def strangers(address: str | None, number: int) -> Iterator[None]:
     ended = threading.Event()
     with selectors.DefaultSelector() as held:
         for index in range(number if address else 0):
-            held.register(_stranger(address or "", hello=bool(index % 2)), selectors.EVENT_READ, index)
+            held.register(_stranger(address or "", index), selectors.EVENT_READ, index)
         returning = threading.Thread(target=_return, args=(held, address, ended))
         returning.start()
         try:
@@ -136,9 +148,9 @@ def strangers(address: str | None, number: int) -> Iterator[None]:
                 cast("socket.socket", key.fileobj).close()
 
 
-def _stranger(address: str, *, hello: bool) -> socket.socket:
-    one = socket.create_connection(split_address(address), 10)
-    if hello:
+def _stranger(address: str, number: int) -> socket.socket:
+    one = socket.create_connection(split_address(address), 10, (f"127.0.1.{1 + number % MACHINES}", 0))
+    if number % 2:
         one.sendall(HELLO)
     return one
 
@@ -157,7 +169,7 @@ def _return(held: selectors.BaseSelector, address: str | None, ended: threading.
             lost.append(key.data)
         while lost and not ended.is_set():
             try:
-                again = _stranger(address or "", hello=bool(lost[-1] % 2))
+                again = _stranger(address or "", lost[-1])
             except OSError:
                 break
             held.register(again, selectors.EVENT_READ, lost.pop())
