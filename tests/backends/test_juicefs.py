@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from support.disks import QemuImg
-from support.juicefs import Volume
+from support.juicefs import ENGINES, Engine, Volume
 from support.variants import QEMU_NAMES, Variant, options, self_contained, title
 from vmconv import api
-from vmconv.backends import juicefs
 from vmconv.backends.juicefs import CHUNK, JuiceFSBackend, copied_later
 from vmconv.errors import BackendError, PlanError
+from vmconv.io.registry import installed
+from vmconv.system import juicefs, linux
+from vmconv.system.juicefs import bytes_sent, volume_of
+from vmconv.system.linux import mount_of
 from vmconv.testing import BackendTests
 from vmconv.testing.disks import random_bytes
 
@@ -28,9 +31,9 @@ METADATA = 6 * MIB
 """More than any container of such a disk has, with what JuiceFS makes of its metadata when it is read."""
 
 
-@pytest.fixture(scope="session")
-def volume(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volume]:
-    made = Volume(tmp_path_factory.mktemp("juicefs"))
+@pytest.fixture(scope="session", params=ENGINES)
+def volume(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Volume]:
+    made = Volume(tmp_path_factory.mktemp("juicefs"), request.param)
     try:
         made.mount("one")
         made.mount("other")
@@ -101,6 +104,46 @@ def test_a_disk_becomes_any_format_and_back(
     assert "identical" in str(qemu_img("compare", "-f", "raw", "-F", form, disk, elsewhere(volume, image)))
 
 
+FORMATS = sorted(name for name, one in installed().formats.items() if one.can_read and one.can_write)
+
+
+@pytest.fixture(scope="session", params=FORMATS)
+def image(volume: Volume, disk: Path, request: pytest.FixtureRequest) -> Path:
+    """The disk in one of the formats that are written, in chunks of one range, so that no mount copies them."""
+    path = volume.mounts["one"] / f"disk.{request.param}"
+    if not path.exists():
+        api.convert(str(disk), str(path), target_format=request.param)
+    volume.settle(path)
+    return path
+
+
+@pytest.mark.parametrize("volume", ["redis"], indirect=True)
+@pytest.mark.parametrize("target_format", FORMATS)
+def test_no_pair_adds_payload(
+    volume: Volume, image: Path, disk: Path, folder: Path, qemu_img: QemuImg, target_format: str
+) -> None:
+    """When all ranges are referenced there is no new object. Metadata comes later, and so does what JuiceFS copies."""
+    target, before, new = folder / "target", volume.names(), set()
+    result = api.convert(
+        str(image),
+        str(target),
+        source_format=image.suffix[1:],
+        target_format=target_format,
+        created=lambda *_: new.update(volume.names() - before),
+    )
+    assert (result.backend, result.totals.copied, new) == ("juicefs", 0, set())
+    assert result.totals.shared >= SIZE
+    form = QEMU_NAMES.get(target_format, target_format)
+    assert "identical" in str(qemu_img("compare", "-f", "raw", "-F", form, disk, elsewhere(volume, target)))
+    volume.settle(target)
+
+
+def test_an_empty_disk_needs_no_copies(folder: Path) -> None:
+    empty = folder / "empty.qcow2"
+    api.create(str(empty), size=MIB)
+    assert api.convert(str(empty), str(folder / "empty.vhdx")).backend == "juicefs"
+
+
 def test_ranges_at_odd_places_are_referenced(volume: Volume, disk: Path, folder: Path) -> None:
     before = volume.stored()
     cut = folder / "cut.raw"
@@ -144,7 +187,7 @@ def test_copies_are_noticed(volume: Volume, disk: Path, folder: Path, monkeypatc
         return os.pwrite(target, os.pread(source, min(count, MIB), at), to)
 
     monkeypatch.setattr(os, "copy_file_range", copying)
-    with pytest.raises(BackendError, match=r"should be referenced, and the mount has uploaded \d+ meanwhile"):
+    with pytest.raises(BackendError, match=r"should be referenced, and the mount has sent \d+ meanwhile"):
         api.convert(str(disk), str(folder / "target.qcow2"))
     assert list(folder.iterdir()) == []
 
@@ -174,10 +217,60 @@ def test_other_filesystems_and_mounts_are_told(volume: Volume, disk: Path, tmp_p
 
 def test_a_mount_that_does_not_tell_is_not_believed(disk: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of a mount that is bound elsewhere has no statistics."""
-    monkeypatch.setattr(juicefs, "STATISTICS", ".nothing")
+    monkeypatch.setattr(juicefs, "_PREFIXES", (".nothing-",))
     plan = api.plan(str(disk), str(folder / "target.qcow2"), backend="auto")
     assert plan.backend == "copy"
-    assert "does not tell there what it uploads" in str(JuiceFSBackend().capabilities(str(folder)).reason)
+    assert "does not tell there what it sends" in str(JuiceFSBackend().capabilities(str(folder)).reason)
+
+
+def test_files_that_only_have_the_names_are_not_believed(volume: Volume) -> None:
+    """Where JuiceFS has its own files under other names, whoever may write at the root can make these."""
+    point = volume.mount("prefixed", "--prefix-internal")
+    try:
+        mount = mount_of(str(point))
+        told, known = bytes_sent(mount), volume_of(mount)
+        assert told is not None
+        assert known is not None
+        assert known == volume_of(mount_of(str(volume.mounts["one"])))
+        (point / ".stats").write_text("juicefs_object_request_data_bytes_PUT 1000000\n")
+        (point / ".config").write_text(
+            '{"Format": {"UUID": "%s"}, "Meta": {"Subdir": ""}}' % ("0" * 8 + known.uuid[8:])
+        )
+        assert bytes_sent(mount) != (1000000, 0)
+        assert volume_of(mount) == known
+    finally:
+        for name in (".stats", ".config"):
+            (point / name).unlink(missing_ok=True)
+        volume.unmount("prefixed")
+
+
+def test_a_mount_that_uploads_later_notices_copies_too(
+    volume: Volume, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = volume.mount("later", "--writeback", "--upload-delay", "1h")
+    try:
+        source, target = point / disk.name, point / "target.qcow2"
+        assert api.convert(str(source), str(target)).totals.copied == 0
+        target.unlink()
+        copying = lambda a, b, count, at, to: os.pwrite(b, os.pread(a, min(count, MIB), at), to)  # noqa: E731
+        monkeypatch.setattr(os, "copy_file_range", copying)
+        with pytest.raises(BackendError, match=r"the mount has sent \d+ meanwhile"):
+            api.convert(str(source), str(target))
+    finally:
+        volume.unmount("later")
+
+
+@pytest.mark.parametrize("kind", ["ceph", "fuse.glusterfs", "fuse.mfs", "fuse.seaweedfs", "nfs4", "cifs", "lustre"])
+def test_the_same_call_elsewhere_is_never_taken_for_sharing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """On these, copy_file_range copies, at the client or on servers."""
+    source = tmp_path / "disk.raw"
+    source.write_bytes(random_bytes(MIB))
+    monkeypatch.setattr(linux, "mount_of", lambda _path: linux.Mount(kind, str(tmp_path), "/", "server"))
+    plan = api.plan(str(source), str(tmp_path / "disk.qcow2"))
+    assert (plan.backend, plan.totals.shared) == ("copy", 0)
+    assert api.convert(str(source), str(tmp_path / "disk.qcow2")).totals.copied == MIB
 
 
 def test_the_plan_tells_what_is_copied_later(disk: Path, folder: Path) -> None:
@@ -210,9 +303,10 @@ def test_a_client_that_is_killed_leaves_nothing_that_the_next_run_does_not_end(d
         time.sleep(0.2)
 
 
-def test_a_mount_that_dies_leaves_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_mount_that_dies_leaves_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Its metadata are transactions: after another mount there is no target, and a run makes one."""
-    own = Volume(tmp_path)
+    own = Volume(tmp_path, engine)
     try:
         point = own.mount("dying")
         data = random_bytes(3 * MIB)

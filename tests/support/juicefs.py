@@ -1,4 +1,4 @@
-"""A volume of JuiceFS, mounted: its metadata in SQLite, its objects in a directory where they can be counted."""
+"""A volume of JuiceFS, mounted: metadata in SQLite or Redis, and objects in a directory where they can be counted."""
 
 from __future__ import annotations
 
@@ -9,28 +9,51 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
+from support.daemons import free_port, wait_until
 from support.requirements import missing, oracle_program
+
+Engine = Literal["sqlite", "redis"]
+ENGINES: tuple[Engine, ...] = ("sqlite", "redis")
+"""What keeps the metadata: a file, for the mounts of one machine, or a server, for those of many."""
 
 
 class Volume:
     """A volume below `directory`; `mounts` are its mounted directories, by name."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, engine: Engine = "sqlite") -> None:
         if not os.path.exists("/dev/fuse") or not shutil.which("fusermount3"):
             missing("fuse", "there is no /dev/fuse, or no fusermount3")
         self.directory = directory
         self.mounts: dict[str, Path] = {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._program = oracle_program("juicefs")
-        self.meta = f"sqlite3://{directory}/meta.db"
+        self._server: subprocess.Popen[bytes] | None = None
+        self.meta = f"sqlite3://{directory}/meta.db" if engine == "sqlite" else self._redis()
         self.objects = directory / "objects"
         bucket = ("--storage", "file", "--bucket", f"{self.objects}/")
-        subprocess.run(
-            [self._program, "format", *bucket, "--trash-days", "0", self.meta, "tests"], check=True, capture_output=True
-        )
+        try:
+            subprocess.run(
+                [self._program, "format", *bucket, "--trash-days", "0", self.meta, "tests"],
+                check=True,
+                capture_output=True,
+            )
+        except BaseException:
+            self.close()
+            raise
 
-    def mount(self, name: str) -> Path:
+    def _redis(self) -> str:
+        """Starts a server for the metadata, and returns its URL."""
+        port = free_port()
+        command = [oracle_program("redis-server"), "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
+        self._server = subprocess.Popen(
+            [*command, "--dir", self.directory], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        wait_until(port, self._server)
+        return f"redis://127.0.0.1:{port}/1"
+
+    def mount(self, name: str, *flags: str) -> Path:
         """Mounts the volume once more, and returns where."""
         point = self.directory / name
         point.mkdir(exist_ok=True)
@@ -38,7 +61,7 @@ class Volume:
         # What another mount has done is seen at once.
         fresh = [f"--{what}-cache=0" for what in ("attr", "entry", "dir-entry")]
         self._running[name] = subprocess.Popen(
-            [self._program, "mount", "--no-usage-report", *fresh, "--cache-dir", cache, self.meta, point],
+            [self._program, "mount", "--no-usage-report", *fresh, *flags, "--cache-dir", cache, self.meta, point],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -66,6 +89,17 @@ class Volume:
         """Returns the bytes of all objects."""
         return sum(path.stat().st_size for path in self.objects.rglob("*") if path.is_file())
 
+    def names(self) -> set[str]:
+        """Returns the names of all objects; each is written once."""
+        return {str(path) for path in self.objects.rglob("*") if path.is_file()}
+
+    def settle(self, path: Path) -> None:
+        """Joins the ranges of each chunk of a file, and waits for those that a mount is joining already."""
+        subprocess.run([self._program, "compact", path], check=True, capture_output=True)
+
     def close(self) -> None:
         for name in list(self.mounts):
             self.unmount(name)
+        if self._server:
+            self._server.kill()
+            self._server.wait()

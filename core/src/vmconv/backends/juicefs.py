@@ -1,7 +1,7 @@
 """References ranges of the sources by copy_file_range on JuiceFS, where the call is one transaction of metadata.
 
 The call copies on most other filesystems. So it is used on this one only, and afterwards the mount is asked what it has
-uploaded meanwhile. Any range can be referenced, from any byte to any other.
+sent to its object storage meanwhile. Any range can be referenced, from any byte to any other.
 """
 
 from __future__ import annotations
@@ -16,17 +16,12 @@ from vmconv.errors import BackendError, counted, os_errors
 from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Survey, Transaction
 from vmconv.model.sources import File
 from vmconv.system import linux
+from vmconv.system.juicefs import TYPE, bytes_sent
 
 if TYPE_CHECKING:
     from vmconv.io.directory import Directory
     from vmconv.model.extents import Column
     from vmconv.model.plan import Action, FilePlan, Plan, ShareSteps
-
-TYPE = "fuse.juicefs"
-STATISTICS = ".stats"
-"""A file at the root of each mount, which is in no directory listing and cannot be replaced."""
-_MOST_STATISTICS = 1 << 20
-_UPLOADED = b"juicefs_object_request_data_bytes_PUT"
 
 CHUNK = 64 << 20
 """Bytes of a file whose ranges JuiceFS keeps in one list."""
@@ -38,7 +33,7 @@ class JuiceFSOutput(FileOutput):
     """A temporary file whose payload is referenced in the sources."""
 
     def share(self, steps: ShareSteps) -> None:
-        before = self._uploaded()
+        before = self._sent()
         descriptors = [source.descriptor if isinstance(source, File) else -1 for source in steps.sources]
         columns = (steps.source, steps.source_offset, steps.offset, steps.length)
         for source, source_offset, offset, length in zip(*(one.tolist() for one in columns), strict=True):
@@ -46,10 +41,11 @@ class JuiceFSOutput(FileOutput):
             self.on_shared(length)
         # Uploads bytes that were copied instead.
         os.fsync(self.descriptor)
-        wanted, sent = int(steps.length.sum()), self._uploaded() - before
+        wanted = int(steps.length.sum())
+        sent = max(now - then for now, then in zip(self._sent(), before, strict=True))
         if wanted and sent >= wanted:
             raise BackendError(
-                f"{self.path}: {wanted} bytes should be referenced, and the mount has uploaded {sent} meanwhile",
+                f"{self.path}: {wanted} bytes should be referenced, and the mount has sent {sent} meanwhile",
                 hint="if something else wrote there, try again; --backend copy copies",
             )
 
@@ -75,11 +71,11 @@ class JuiceFSOutput(FileOutput):
             os.ftruncate(self.descriptor, self.size)
         return super().finish()
 
-    def _uploaded(self) -> int:
+    def _sent(self) -> tuple[int, ...]:
         with os_errors("cannot be examined", where=self.path):
-            found = _bytes_uploaded(linux.mount_of(linux.name_of(self.descriptor)))
+            found = bytes_sent(linux.mount_of(linux.name_of(self.descriptor)))
         if found is None:
-            raise BackendError(f"{self.path}: its mount of JuiceFS no longer tells what it has uploaded")
+            raise BackendError(f"{self.path}: its mount of JuiceFS no longer tells what it sends")
         return found
 
 
@@ -130,33 +126,9 @@ def _refusal(directory: str) -> str | None:
     mount = linux.mount_of(directory)
     if mount.type != TYPE:
         return f"{mount.type} at {mount.point} is not JuiceFS"
-    if _bytes_uploaded(mount) is None:
-        return f"JuiceFS at {mount.point} does not tell there what it uploads ({STATISTICS})"
+    if bytes_sent(mount) is None:
+        return f"JuiceFS at {mount.point} does not tell there what it sends (.stats)"
     return None
-
-
-def _bytes_uploaded(mount: linux.Mount) -> int | None:
-    """Returns the bytes that a mount has sent to its object storage; None if it does not tell, or is no JuiceFS."""
-    if mount.type != TYPE:
-        return None
-    path = os.path.join(mount.point, STATISTICS)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, PermissionError):
-        return None
-    try:
-        if os.fstat(descriptor).st_dev != os.stat(mount.point).st_dev:
-            return None
-        # Its size is 0, and each opened file is one snapshot.
-        text = linux.read_at(descriptor, _MOST_STATISTICS, 0)
-    finally:
-        linux.close(descriptor)
-    for line in text.splitlines():
-        name, _, value = line.partition(b" ")
-        if name == _UPLOADED and value.isdigit():
-            return int(value)
-    # No upload since the mount began.
-    return 0 if b"\njuicefs_" in text else None
 
 
 def copied_later(plan: Plan) -> int:

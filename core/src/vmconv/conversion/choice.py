@@ -21,16 +21,17 @@ def choose_backend(registry: Registry, name: str, directory: str, files: Sequenc
         if not capabilities.usable:
             raise PlanError(f"backend {name} cannot be used in {directory}: {capabilities.reason}")
         return Proposal(backend, backend.survey(directory, files))
+    sharing = [backend for backend in registry.backends.values() if backend.automatic and backend.name != "copy"]
+    if not files:
+        # Nothing is shared, as for an empty disk, and whichever backend writes it the layout is that of the first.
+        usable = (backend for backend in sharing if backend.capabilities(directory).usable)
+        writer = next(usable, registry.backend("copy"))
+        return Proposal(writer, (sharing or [writer])[0].survey(directory, files))
     refusals: dict[int, str] = {}
-    for backend in registry.backends.values():
-        if backend.automatic and backend.name != "copy":
-            survey = backend.survey(directory, files)
-            if len(survey.refusals) < len(files):
-                return Proposal(backend, survey)
-            if not files:
-                # Nothing is shared, as for an empty disk. The layout is the same, whichever backend writes it.
-                shares = backend.capabilities(directory).usable
-                return Proposal(backend if shares else registry.backend("copy"), survey)
-            # The first backend's reason counts.
-            refusals = {**survey.refusals, **refusals}
+    for backend in sharing:
+        survey = backend.survey(directory, files)
+        if len(survey.refusals) < len(files):
+            return Proposal(backend, survey)
+        # The first backend's reason counts.
+        refusals = {**survey.refusals, **refusals}
     return Proposal(registry.backend("copy"), Survey(1, refusals))
