@@ -347,6 +347,7 @@ COMMAND_LINE: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"zero_copy": "require", "cache": "unsafe", "backend": "copy"},
     ),
     "secrets": (["--secret", "a", "--secret", "-"], {"secrets": (Path("a"), "-")}),
+    "parents": (["--parent", "a", "--parent", "b"], {"parents": [Path("a"), "b"]}),
     "trees": (["--allow-external", "/a", "--allow-external", "/b"], {"allow_external": (b"/a", Path("/b"))}),
 }
 
@@ -357,9 +358,10 @@ def test_the_command_line_and_the_api_make_the_same_request(case: str) -> None:
     options = make_parser("convert").parse_args(["convert", *given, "source", "target"])
     by_line = _request(options, *options.names)
     by_api = checked(Request, source=Path("source"), target="target", **keywords)
-    assert by_api == by_line._replace(allow_external=by_api.allow_external, secrets=by_api.secrets)
-    assert list(by_api.allow_external) == list(by_line.allow_external)
-    assert list(by_api.secrets) == list(by_line.secrets)
+    paths = {name: getattr(by_api, name) for name in ("allow_external", "secrets", "parents")}
+    assert by_api == by_line._replace(**paths)
+    for name, found in paths.items():
+        assert list(found) == list(getattr(by_line, name))
 
 
 def test_requests_of_the_command_line_pass_the_check_unchanged() -> None:

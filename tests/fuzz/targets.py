@@ -59,7 +59,7 @@ class _NoOthers(Opener):
         # What paths of other systems mean is looked at; the files of this machine are not.
         raise AccessError(f"{origin.name}: {role} {paths.base_of(reference)!r}, {paths.is_foreign(reference)}")
 
-    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+    def named_parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         return installed().formats["raw"].read(self.related(origin, reference, "backing file"), self)
 
     def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:

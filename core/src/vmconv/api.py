@@ -242,6 +242,7 @@ def convert(
     skip_broken_bitmaps: bool = False,
     more_sources: Iterable[StrPath] = (),
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     confined: bool = False,
     no_create: bool = False,
     target_is_zero: bool = False,
@@ -325,6 +326,7 @@ def fanout(
     skip_broken_bitmaps: bool = False,
     more_sources: Iterable[StrPath] = (),
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     confined: bool = False,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
@@ -384,6 +386,7 @@ def stream(
     skip_broken_bitmaps: bool = False,
     more_sources: Iterable[StrPath] = (),
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -434,6 +437,7 @@ def plan(
     skip_broken_bitmaps: bool = False,
     more_sources: Iterable[StrPath] = (),
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     confined: bool = False,
     no_create: bool = False,
     target_is_zero: bool = False,
@@ -866,6 +870,7 @@ def info(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     from_snapshot: str | None = None,
 ) -> dict[str, Any]:
     """Returns the description of an image with the keys of `qemu-img info --output=json`; reads only its header."""
@@ -888,6 +893,7 @@ def map_disk(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     start_offset: int = 0,
     max_length: int | None = None,
     from_snapshot: str | None = None,
@@ -920,6 +926,7 @@ def measure(
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
 ) -> Measure:
     """Returns how large an image of the disk in `source`, or of an empty disk of `size` bytes, will be in a format."""
     given = locals()
@@ -940,6 +947,7 @@ def check(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     payload: bool = False,
     from_snapshot: str | None = None,
 ) -> CheckReport | None:
@@ -969,6 +977,7 @@ def compare(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     strict: bool = False,
 ) -> Comparison:
     """Returns the comparison of two disks as guests read them, true if equal. Reads only ranges that are not shared."""
@@ -993,6 +1002,7 @@ def prove(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
     secrets: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
 ) -> Proof:
     """Returns the proof, by physical addresses, that two images share payload; true if they share all of it."""
     given = locals()

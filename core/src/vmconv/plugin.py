@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         add_format,
         add_options,
         add_output,
+        add_parent,
         add_secret,
         formatter,
     )
@@ -226,6 +227,7 @@ _HOMES = {
     "add_format": "cli.options",
     "add_options": "cli.options",
     "add_output": "cli.options",
+    "add_parent": "cli.options",
     "add_secret": "cli.options",
     "blocks": "placing.blocks",
     "clip_to_sources": "model.extents",
@@ -378,6 +380,7 @@ __all__ = [
     "add_format",
     "add_options",
     "add_output",
+    "add_parent",
     "add_secret",
     "blocks",
     "clip_to_sources",

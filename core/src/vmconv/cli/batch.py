@@ -85,6 +85,7 @@ def _refuse(options: argparse.Namespace) -> None:
         (options.from_snapshot, "--from-snapshot"),
         (options.no_create, "-n"),
         (options.image_opts, "--image-opts"),
+        (options.parents, "--parent"),
     ):
         if given:
             raise UsageError(f"{name} is for a single disk", hint="convert it without --directory")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_access, add_format, add_keep_undo, add_output, add_secret, reading
+from vmconv.cli.options import add_access, add_format, add_keep_undo, add_output, add_parent, add_secret, reading
 from vmconv.cli.verbs import Verb
 from vmconv.errors import UsageError, printable
 
@@ -36,6 +36,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
     # As in qemu-img check, 2 and 3 are findings, so a check that failed needs another code.
     parser.set_defaults(error_code=_CHECK_NOT_DONE)
 

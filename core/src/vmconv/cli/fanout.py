@@ -15,6 +15,7 @@ from vmconv.cli.options import (
     add_making,
     add_options,
     add_output,
+    add_parent,
     add_rate,
     add_secret,
     add_snapshot,
@@ -73,6 +74,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
 
 
 VERB = Verb(

@@ -7,7 +7,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_access, add_format, add_from_snapshot, add_output, add_secret, in_snapshot, reading
+from vmconv.cli.options import (
+    add_access,
+    add_format,
+    add_from_snapshot,
+    add_output,
+    add_parent,
+    add_secret,
+    in_snapshot,
+    reading,
+)
 from vmconv.cli.verbs import Verb
 from vmconv.errors import in_words, printable
 
@@ -119,6 +128,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_from_snapshot(parser, "FILE")
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
 
 
 VERB = Verb(

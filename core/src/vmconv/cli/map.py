@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_access, add_format, add_output, add_secret, columns, read_size, reading
+from vmconv.cli.options import add_access, add_format, add_output, add_parent, add_secret, columns, read_size, reading
 from vmconv.cli.picture import add_picture, draw_image, print_bars
 from vmconv.cli.verbs import Verb
 from vmconv.errors import UsageError
@@ -71,6 +71,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
 
 
 VERB = Verb(

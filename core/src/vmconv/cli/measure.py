@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vmconv.cli.options import add_access, add_format, add_options, add_output, add_secret, read_size
+from vmconv.cli.options import add_access, add_format, add_options, add_output, add_parent, add_secret, read_size
 from vmconv.cli.verbs import Verb
 
 
@@ -20,6 +20,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -37,6 +38,7 @@ def _run(options: argparse.Namespace) -> int:
         allow_external=options.allow_external,
         source_backing_format=options.source_backing_format,
         secrets=options.secrets,
+        parents=options.parents,
     )
     if options.output == "json":
         print_json(found.as_json())

@@ -117,19 +117,32 @@ def add_secret(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_parent(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parent",
+        dest="parents",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="parent of the first layer, from the image down, whose parent is not where it says; checked by its id\n"
+        "where the format has one; may be repeated for layers below",
+    )
+
+
 def add_access(parser: argparse.ArgumentParser) -> None:
     add_opening(parser)
     add_backing_format(parser)
 
 
 def access(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of an `Opener` from the options of `add_access` and `add_secret`."""
+    """Returns the arguments of an `Opener` from the options of `add_access`, `add_secret` and `add_parent`."""
     return {
         "allow_external": options.allow_external,
         "force_share": options.force_share,
         "backing_format": options.source_backing_format,
         # Commands that change an image where it lies have no such argument.
         "secrets": getattr(options, "secrets", ()),
+        "parents": getattr(options, "parents", ()),
     }
 
 
@@ -376,6 +389,7 @@ def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
         "force_share": options.force_share,
         "allow_external": options.allow_external,
         "secrets": options.secrets,
+        "parents": options.parents,
         "mode": options.mode,
     }
 

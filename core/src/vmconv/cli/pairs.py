@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vmconv.cli.options import add_access, add_format, add_output, add_secret
+from vmconv.cli.options import add_access, add_format, add_output, add_parent, add_secret
 
 DIFFERENT, CANNOT_OPEN = 1, 2
 
@@ -22,5 +22,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
     # As in qemu-img compare, 1 means different, so errors are 2.
     parser.set_defaults(error_code=CANNOT_OPEN)

@@ -17,6 +17,7 @@ from vmconv.cli.options import (
     add_keep_undo,
     add_options,
     add_output,
+    add_parent,
     add_part,
     add_rate,
     add_secret,
@@ -101,6 +102,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
 
 
 def request_of(options: argparse.Namespace, source: str, target: str) -> Request:

@@ -59,9 +59,11 @@ def measure(asked: Measuring) -> Measure:
         backing_format=asked.source_backing_format,
         settle=settle,
         secrets=asked.secrets,
+        parents=asked.parents,
         remote=True,
     ) as opener:
         image = _image(asked, opener)
+        opener.given.refuse_unused()
         refuse_other_kind(image.file.name, image.kind, target, registry)
         full = Image(image.format_name, image.file, image.size, lambda: Extents.whole(_Payload(image.size)))
         return Measure(

@@ -48,7 +48,8 @@ def is_done(request: Request) -> bool:
     wanted = registry.writer(request.target_format or registry.format_by_suffix(request.target) or "")
     access: dict[str, Any] = {"allow_external": request.allow_external, "force_share": request.force_share}
     access["secrets"] = request.secrets
-    with opened(Reading(request.source, request.source_format, request.source_backing_format, **access)) as (source, _):
+    asked = Reading(request.source, request.source_format, request.source_backing_format, **access)
+    with opened(asked._replace(parents=request.parents)) as (source, _):
         try:
             with opened(Reading(request.target, wanted.name, **access)) as (target, _):
                 why = _difference(request, wanted, source, target)

@@ -149,9 +149,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 raise UsageError("--in-place: nothing can be preallocated", hint="omit preallocation")
             if device:
                 plan = on_device(plan, device, [made for one in conversions for made in one.containers], opener)
-            # The end of a disk may be copied everywhere.
-            if request.decompress and plan.totals.copied > plan.totals.shared:
-                image.warnings += (_WRITTEN_TWICE,)
+            image.warnings += tuple(_doubts(request, plan, directory, registry, others=not (site or device)))
             collisions = no_collisions(plan, directory, opener.files, force=request.force, but=own)
             with nullcontext() if device else collisions:
                 # A single new file is linked. All else is renamed, which an append-only directory refuses.
@@ -166,6 +164,17 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                     access=opener.access(request.mode),
                 )
                 yield Prepared(image, backend, conversions, plan, opener, begin)
+
+
+def _doubts(request: Request, plan: Plan, directory: Directory, registry: Registry, *, others: bool) -> Iterator[str]:
+    """Yields warnings on a plan; `others` tells whether its files may take the place of others."""
+    # The end of a disk may be copied everywhere.
+    if request.decompress and plan.totals.copied > plan.totals.shared:
+        yield _WRITTEN_TWICE
+    if request.force and others:
+        from vmconv.inplace.neighbours import replaced_bases
+
+        yield from replaced_bases(directory, [file.name for file in plan.files], registry)
 
 
 def _scratch(directory: str | None) -> ScratchFile:
@@ -189,6 +198,7 @@ def _source(request: Request, opener: Opener) -> Image:
         image = joined(request, opener)
     else:
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
+    opener.given.refuse_unused()
     image = _part(request, image)
     if request.bitmaps:
         one = opener.registry.format(image.format_name)

@@ -64,6 +64,8 @@ class Request(NamedTuple):
 
     `secrets` are files with passphrases of encrypted images; each is tried for each image.
 
+    `parents` are files that are the parents of layers whose parent is not where they say, from the top down.
+
     `rate` limits copying and writing, in bytes per second.
 
     `no_create` replaces the content of the existing `target`: of a block device, or of an image, whose format, options
@@ -110,6 +112,7 @@ class Request(NamedTuple):
     skip_broken_bitmaps: bool = False
     more_sources: FilePaths = ()
     secrets: FilePaths = ()
+    parents: FilePaths = ()
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -209,6 +212,7 @@ class Request(NamedTuple):
             decompress=decompress,
             confined=self.confined,
             secrets=self.secrets,
+            parents=self.parents,
             remote=True,
             spool=None if self.in_place else PipeSpool(self._spool_directory()),
         )

@@ -34,7 +34,7 @@ class Results(Opener):
         found = next((name for name in names if name in self._results), None)
         return (found, self._results[found][0]) if found else None
 
-    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+    def named_parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         file, reader = self._find(origin, reference, "backing file")
         return reader.read(file, self)
 

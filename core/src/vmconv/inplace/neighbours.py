@@ -7,22 +7,26 @@ outside the directory, whatever a neighbour names, and locks nothing.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv import errors
 from vmconv.errors import AccessError, PlanError, VmconvError, counted
+from vmconv.inplace.rules import Own
 from vmconv.io.opener import Opener
 from vmconv.model import paths
 from vmconv.model.sources import File
 
 if TYPE_CHECKING:
-    from vmconv.inplace.rules import Own
     from vmconv.io.directory import Directory
     from vmconv.io.registry import Registry
     from vmconv.model.image import Image
+
+BRIEFLY = 0.3
+"""Seconds of a search whose outcome is only told, not decided by."""
 
 MOST_SECONDS = 20.0
 """Time limit of the search. A warning counts the files that were not searched."""
@@ -74,6 +78,32 @@ def refuse(found: Neighbours) -> None:
             f"{name}: refers to {own}, which this would replace",
             hint=f"convert {name} first, flattening it, or rebase it",
         )
+
+
+def child_of(directory: Directory, own: Sequence[Own], registry: Registry) -> tuple[str, str] | None:
+    """Returns an image of the directory that refers to one of `own`, and that one's name.
+
+    A short search, among files with the suffix of a format: None does not prove that there is no such image.
+    """
+    return look(directory, own, registry, seconds=BRIEFLY, all_names=False).refers
+
+
+def replaced_bases(directory: Directory, names: Sequence[str], registry: Registry) -> Iterator[str]:
+    """Yields a warning if an image of the directory refers to one of the files, which others will replace."""
+    with ExitStack() as stack:
+        own = []
+        for name in names:
+            status = directory.status(name)
+            if status is None or not stat.S_ISREG(status.st_mode):
+                continue
+            # A file that cannot be read can be replaced all the same.
+            with suppress(OSError, VmconvError):
+                file = File(directory.join(name), directory.open(name))
+                stack.callback(file.close)
+                own.append(Own(file, name))
+        found = child_of(directory, own, registry) if own else None
+        if found:
+            yield f"{found[0]} refers to {found[1]}, which will be another image: it will show another disk, or none"
 
 
 def warning(found: Neighbours) -> str | None:
@@ -172,7 +202,7 @@ class _Names(Opener):
         self.files.append(file)
         return file
 
-    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+    def named_parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         self.note(origin, reference, moved=moved)
         raise _missing(origin, reference, "backing file")
 

@@ -11,6 +11,7 @@ from vmconv.errors import UsageError, VmconvError
 from vmconv.inplace.settling import settle
 from vmconv.interface.arguments import ImagePair, Reading
 from vmconv.io.opener import Opener
+from vmconv.io.parents import GivenParents
 from vmconv.io.registry import installed
 from vmconv.io.secrets import Secrets
 from vmconv.model.image import Image
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 def opened(asked: Reading, *, content_decides: bool = False) -> Iterator[tuple[Image, Opener]]:
     """Yields one image and the opener that holds its files; see `Opener.image` for `content_decides`."""
     path = in_snapshot(asked.path, asked.from_snapshot)
-    with _opener(asked, Secrets(asked.secrets)) as opener:
-        yield opener.image(path, asked.format_name, content_decides=content_decides), opener
+    parents = GivenParents(asked.parents)
+    with _opener(asked, Secrets(asked.secrets), parents) as opener:
+        image = opener.image(path, asked.format_name, content_decides=content_decides)
+        parents.refuse_unused()
+        yield image, opener
 
 
 def in_snapshot(path: str, wanted: str | None) -> str:
@@ -41,15 +45,16 @@ def both(asked: ImagePair) -> Iterator[tuple[Image, Image]]:
     """Yields two images."""
     # One opener each: a file that one image may refer to is off limits to the other.
     # A pipe can be read only once.
-    secrets = Secrets(asked.secrets)
-    with _opener(asked, secrets) as left, _opener(asked, secrets, "-F") as right:
+    secrets, parents = Secrets(asked.secrets), GivenParents(asked.parents)
+    with _opener(asked, secrets, parents) as left, _opener(asked, secrets, parents, "-F") as right:
         one, other = left.image(asked.left, asked.left_format), right.image(asked.right, asked.right_format)
+        parents.refuse_unused()
         if one.kind != other.kind:
             raise UsageError(f"{one.file.name} is of kind {one.kind}, {other.file.name} of kind {other.kind}")
         yield one, other
 
 
-def _opener(asked: Reading | ImagePair, secrets: Secrets, format_option: str = "-f") -> Opener:
+def _opener(asked: Reading | ImagePair, secrets: Secrets, parents: GivenParents, format_option: str = "-f") -> Opener:
     from tempfile import gettempdir
 
     from vmconv.io.spooling import PipeSpool
@@ -62,6 +67,7 @@ def _opener(asked: Reading | ImagePair, secrets: Secrets, format_option: str = "
         format_option=format_option,
         settle=settle,
         secrets=secrets,
+        parents=parents,
         remote=True,
         spool=PipeSpool(gettempdir()),
     )
@@ -79,11 +85,6 @@ def child_beside(image: Image, registry: Registry) -> str | None:
     folder, name = os.path.split(os.path.realpath(image.file.path))
     # Not all directories can be listed, and not all files are in one.
     with suppress(VmconvError, OSError), open_directory(folder) as directory:
-        own = [Own(image.file, name)]
-        found = neighbours.look(directory, own, registry, seconds=_SEARCHED, all_names=False)
-        return found.refers[0] if found.refers else None
+        found = neighbours.child_of(directory, [Own(image.file, name)], registry)
+        return found[0] if found else None
     return None
-
-
-_SEARCHED = 0.3
-"""Seconds of the search for children, in a command that reads headers."""

@@ -148,6 +148,7 @@ class Reading(NamedTuple):
     force_share: bool = False
     from_snapshot: str | None = None
     secrets: FilePaths = ()
+    parents: FilePaths = ()
 
 
 class CheckOptions(NamedTuple):
@@ -175,6 +176,7 @@ class ImagePair(NamedTuple):
     force_share: bool = False
     strict: bool = False
     secrets: FilePaths = ()
+    parents: FilePaths = ()
 
 
 class RestoreOptions(NamedTuple):
@@ -211,6 +213,7 @@ class Measuring(NamedTuple):
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
     secrets: FilePaths = ()
+    parents: FilePaths = ()
 
 
 class Editing(NamedTuple):

@@ -17,11 +17,12 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from vmconv.errors import AccessError, ImageError, PluginError, os_errors, warn
+from vmconv.errors import AccessError, ImageError, PluginError, VmconvError, os_errors, warn
 from vmconv.interface.backend import Access
 from vmconv.interface.scheme import is_url, parse_url, without_secrets
 from vmconv.io import locks
 from vmconv.io.known import KNOWN
+from vmconv.io.parents import GivenParents
 from vmconv.io.secrets import Secrets
 from vmconv.model import paths
 from vmconv.model.sources import File, inside
@@ -53,6 +54,8 @@ _NO_CANDIDATE = frozenset(
 _DESCRIPTOR = re.compile(r"/dev/fd/[0-9]{1,9}")
 """What a shell makes of `<(PROGRAM)`."""
 
+_PARENT = "backing file"
+
 _DOWNLOAD = "download the whole chain, and convert it there"
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -72,8 +75,9 @@ class Opener:
     user named. `secrets` are files with passphrases of encrypted images, see `vmconv.io.secrets`. A `confined` opener
     opens only files in `allow_external`: also the file that the user named has to lie there, wherever directories are
     renamed or replaced by links meanwhile. `remote` allows the user to name URLs; images name one only with a
-    directory of URLs in `allow_external`. `spool` returns the content of standard input, or of a pipe that is open,
-    as a file.
+    directory of URLs in `allow_external`. `parents` are files that the user names as parents of layers
+    whose parent is not where they say, from the top down. `spool` returns the content of standard input, or of a pipe
+    that is open, as a file.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Opener:
         secrets: Secrets | Iterable[str] = (),
         remote: bool = False,
         spool: Callable[[str], File] | None = None,
+        parents: GivenParents | Iterable[str] = (),
     ) -> None:
         self.registry = registry
         self.files: list[File] = []
@@ -105,6 +110,7 @@ class Opener:
         self._decompress = decompress
         self._confined = confined
         self._secrets = secrets if isinstance(secrets, Secrets) else Secrets(secrets)
+        self.given = parents if isinstance(parents, GivenParents) else GivenParents(parents)
         # Fails early for an unknown format, even if no image needs it.
         self._backing_format = None if backing_format is None else registry.format(backing_format).name
         self._format_option = format_option
@@ -159,6 +165,10 @@ class Opener:
             found = self.registry.identify(file, format_name, option=self._format_option)
         image = self._read(found, file, snapshot)
         image.warnings += warnings
+        if self.given:
+            # Opens the chain: each layer needs its parent, and says so before anything is done with it.
+            for _ in image.chain():
+                pass
         return image
 
     def _meant(self, path: str) -> str:
@@ -332,7 +342,9 @@ class Opener:
             )
         if near or elsewhere:
             what = f"{origin.name}: {role} {reference!r} does not exist"
-            hint = f"if it is {base} beside the image, name that in the image (qemu-img rebase -u)"
+            hint = f"if it is {base} beside the image, name that in the image (vmconv rebase -u)"
+            if role == _PARENT:
+                hint = f"if it is {base} beside the image, --parent {near}; vmconv rebase -u stores that name"
             raise AccessError(what, hint=hint if near else f"put {base} beside the image") from FileNotFoundError(path)
         return path
 
@@ -356,18 +368,142 @@ class Opener:
     def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         """Returns the image that `origin` names as its parent; raises `ImageError` for loops and chains over the limit.
 
-        `format_name` is the format that `origin` states, or None. `moved` is for callers that verify the parent's
-        identity, see `related`.
+        If it does not exist, it is the next one of the user's parents, with a warning. `format_name` is the format that
+        `origin` states, or None. `moved` is for callers that verify the parent's identity, see `related`.
         """
-        file = self.related(origin, reference, "backing file", moved=moved)
+        found = not self.given or origin.is_remote or self._exists(origin, reference)
+        candidates = [] if found else self.given.candidates(origin)
+        if not candidates:
+            return self.named_parent(origin, reference, format_name, moved=moved)
+        self.given.take(origin, candidates[0])
+        image = self._given_parent(origin, candidates[0], format_name)
+        if not moved:
+            warn(
+                f"{origin.name}: backing file {reference!r} does not exist: using {candidates[0]}, a disk of "
+                f"{image.size} bytes; no identity tells whether it is the right one"
+            )
+        return image
+
+    def parent_by_identity(
+        self,
+        origin: File,
+        references: Sequence[str],
+        format_name: str,
+        refusal: Callable[[Image], ImageError | None],
+        search: Callable[[], str | None],
+        *,
+        stated: bool = True,
+    ) -> Image:
+        """Returns the parent of an image that knows it by an identity; `refusal` returns the error for another disk.
+
+        It is the first that can be opened of those that `references` name. If that is another disk, or none can be
+        opened, it is one of the user's parents. If none can be opened, it may also be the file that `search` returns,
+        with a warning if the image itself has `stated` the names.
+        """
+        there, refused = self._first_named(origin, references, format_name, refusal)
+        given, unfit = (None, None) if there else self._one_of_given(origin, format_name, refusal)
+        if there or given:
+            return cast("Image", there or given)
+        if isinstance(refused, ImageError):
+            raise unfit or refused
+        try:
+            found = search()
+        except ImageError as exc:
+            if refused is None or isinstance(refused.__cause__, FileNotFoundError):
+                raise unfit or exc from exc
+            found = None
+        if found is None:
+            raise unfit or refused or ImageError(f"{origin.name}: names no parent")
+        image = self.named_parent(origin, found, format_name)
+        if error := refusal(image):
+            raise unfit or error
+        if stated:
+            warn(f"{origin.name}: parent {references[0]!r} is not there: using {found}, which has its identity")
+        return image
+
+    def _first_named(
+        self,
+        origin: File,
+        references: Sequence[str],
+        format_name: str,
+        refusal: Callable[[Image], ImageError | None],
+    ) -> tuple[Image | None, ImageError | AccessError | None]:
+        """Returns the first image that can be opened, or its refusal, or the error of the first that cannot."""
+        refused: AccessError | None = None
+        for reference in references:
+            try:
+                image = self.named_parent(origin, reference, format_name, moved=True)
+            except AccessError as exc:
+                refused = refused or exc
+                continue
+            error = refusal(image)
+            return (image, None) if error is None else (None, error)
+        return None, refused
+
+    def _one_of_given(
+        self, origin: File, format_name: str, refusal: Callable[[Image], ImageError | None]
+    ) -> tuple[Image | None, ImageError | None]:
+        """Returns the one of the user's parents that has no refusal, and the first refusal."""
+        unfit: ImageError | None = None
+        for path in self.given.candidates(origin):
+            image = self._given_parent(origin, path, format_name)
+            if (error := refusal(image)) is None:
+                self.given.take(origin, path)
+                return image, None
+            unfit = unfit or error
+        return None, unfit
+
+    def alike(
+        self,
+        origin: File,
+        format_name: str,
+        suffixes: Sequence[str],
+        refusal: Callable[[Image], ImageError | None],
+    ) -> str | None:
+        """Returns the only file that `search` yields and `refusal` has no error for, or None.
+
+        Raises `ImageError` if there are two.
+        """
+        one = self.registry.format(format_name)
+        found: list[str] = []
+        for suffix in suffixes:
+            for path, file in self.search(origin, suffix):
+                try:
+                    fits = refusal(self._read(one, file)) is None
+                except VmconvError:
+                    continue
+                if fits:
+                    found.append(path)
+        if len(found) > 1:
+            raise ImageError(
+                f"{origin.name}: {found[0]} and {found[1]} both have the identity of its parent",
+                hint="--parent names the right one",
+            )
+        return found[0] if found else None
+
+    def named_parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+        """Returns what `parent` does, and no file with another name."""
+        file = self.related(origin, reference, _PARENT, moved=moved)
+        return self._as_parent(origin, file, repr(reference), format_name)
+
+    def _given_parent(self, origin: File, path: str, format_name: str | None) -> Image:
+        return self._as_parent(origin, self.referring(self._meant(path)), path, format_name)
+
+    def _as_parent(self, origin: File, file: File, named: str, format_name: str | None) -> Image:
         above = self._depth[id(origin)]
         if _identity(file) in above:
-            raise ImageError(f"{origin.name}: backing file {reference!r} is already part of the chain, a loop")
+            raise ImageError(f"{origin.name}: backing file {named} is already part of the chain, a loop")
         if len(above) >= MAX_CHAIN_DEPTH:
             raise ImageError(f"{origin.name}: chain of more than {MAX_CHAIN_DEPTH} layers")
         self._depth[id(file)] = [*above, _identity(file)]
         stated = format_name or self._backing_format
         return self._read(_of_disk(self.registry.identify(file, stated, option="--backing-format"), file), file)
+
+    def _exists(self, origin: File, reference: str) -> bool:
+        """Returns whether a file has the name that an image states, whatever the rules say of it."""
+        folders = os.path.dirname(os.path.realpath(origin.path)), os.path.dirname(origin.path)
+        with self._acting():
+            return any(os.path.lexists(os.path.join(folder, reference)) for folder in folders)
 
     def _read(self, found: Format, file: File, snapshot: str | None = None) -> Image:
         from vmconv.model.image import Image

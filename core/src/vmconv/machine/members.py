@@ -75,7 +75,7 @@ class Members(Opener):
     def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         return self.member(reference)
 
-    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+    def named_parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         return self._read_chain(self.member(reference), format_name, self._depth_of[id(origin)])
 
     def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:

@@ -282,7 +282,7 @@ class _OnPlanned(Results):
         super().__init__(registry)
         self.base = base
 
-    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+    def named_parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         return self.base
 
 

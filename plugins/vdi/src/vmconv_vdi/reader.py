@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from vmconv.plugin import (
     MAX_SIZE,
-    AccessError,
     Column,
     DiskFacts,
     Extents,
@@ -222,13 +221,19 @@ def qemu_incompatibility(image: Image) -> str | None:
 
 def _parent(header: Header, opener: Opener) -> Image:
     """Returns the parent. Raises `ImageError` unless it is the unchanged parent of this image."""
-    file, reference = header.file, header.parent_reference or ""
-    try:
-        parent = opener.parent(file, reference, "vdi")
-    except AccessError as exc:
-        if not isinstance(exc.__cause__, FileNotFoundError):
-            raise
-        parent = opener.parent(file, _search(header, opener), "vdi")
+    names = (header.parent_reference or "",)
+    return opener.parent_by_identity(
+        header.file,
+        names,
+        "vdi",
+        lambda image: _refusal(header, image),
+        lambda: _search(header, opener),
+        stated=False,
+    )
+
+
+def _refusal(header: Header, parent: Image) -> ImageError | None:
+    """Returns the error for a disk that is not the unchanged parent of an image; None for the parent."""
     found = read_header(parent.file)
     for name, wanted, is_there in (
         ("uuidLinkage", header.parent, found.uuid),
@@ -236,12 +241,12 @@ def _parent(header: Header, opener: Opener) -> Image:
     ):
         if wanted not in (structs.NIL_UUID, is_there):
             changed = "was changed after the image was made on it" if name == "uuidParentModify" else "is another disk"
-            raise head_of(file).damaged(
+            return head_of(header.file).damaged(
                 name,
                 f"{structs.uuid_text(wanted)} is required, {parent.file.name} has {structs.uuid_text(is_there)}",
                 hint=f"{parent.file.name} {changed}",
             )
-    return parent
+    return None
 
 
 def _search(header: Header, opener: Opener) -> str:
@@ -266,13 +271,13 @@ def _search(header: Header, opener: Opener) -> str:
         raise head.damaged(
             "uuidLinkage",
             f"{names} both have the UUID of the parent, {uuid}",
-            hint=f"put the right file, or a link to it, beside the image as {reference}",
+            hint=f"--parent names the right one; a link beside the image, {reference}, does so for good",
         )
     raise head.damaged(
         "uuidLinkage",
         f"the parent is named by its UUID {uuid} only, and there is no {reference} beside the image, nor "
         "another .vdi file with this UUID",
-        hint="put the parent beside the image, or name its directory with --allow-external",
+        hint="name it with --parent, put it beside the image, or name its directory with --allow-external",
     )
 
 

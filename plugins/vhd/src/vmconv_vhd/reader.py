@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.plugin import (
-    AccessError,
     Column,
     Columns,
     DiskFacts,
@@ -119,23 +118,23 @@ def _details(header: Header) -> Mapping[str, Any]:
 
 
 def _load_parent(header: Header, opener: Opener) -> Image:
-    """Returns the parent by the first of its names that can be opened. Raises `ImageError` if it is another disk."""
-    parent, refused = None, None
-    for name in header.parents:
-        try:
-            parent = opener.parent(header.file, name, "vhd", moved=True)
-            break
-        except AccessError as exc:
-            refused = refused or exc
-    if parent is None:
-        raise refused or ImageError(f"{header.file.name}: names no parent")
-    found, wanted = parent.facts.identity or UUID(int=0), UUID(bytes=header.parent_id)
-    if found != wanted:
-        raise ImageError(
+    """Returns the parent. Raises `ImageError` if what its names lead to is another disk."""
+    wanted = UUID(bytes=header.parent_id)
+
+    def refusal(parent: Image) -> ImageError | None:
+        found = parent.facts.identity or UUID(int=0)
+        if found == wanted:
+            return None
+        return ImageError(
             f"{header.file.name}: parent {parent.file.name} has the unique id {found}, {wanted} is expected",
             hint="the parent was replaced or recreated: find the disk that this image was made on",
         )
-    return parent
+
+    def search() -> str | None:
+        # Without an id every disk without one would do.
+        return opener.alike(header.file, "vhd", (".vhd", ".avhd", ".vpc"), refusal) if wanted.int else None
+
+    return opener.parent_by_identity(header.file, header.parents, "vhd", refusal, search)
 
 
 def add_metadata(usage: Usage, header: Header) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.plugin import (
-    AccessError,
     Column,
     Columns,
     DiskFacts,
@@ -120,25 +119,23 @@ def _parents(locator: Mapping[str, str]) -> Iterator[str]:
 
 
 def _load_parent(header: Header, names: tuple[str, ...], opener: Opener) -> Image:
-    """Returns the parent by the first of its names that can be opened. Raises `ImageError` if it is another disk."""
-    parent, refused = None, None
-    for name in names:
-        try:
-            parent = opener.parent(header.file, name, "vhdx", moved=True)
-            break
-        except AccessError as exc:
-            refused = refused or exc
-    if parent is None:
-        raise refused or ImageError(f"{header.file.name}: names no parent")
+    """Returns the parent. Raises `ImageError` if what its names lead to is another disk."""
     wanted = {_guid(header.locator.get(key, "")) for key in ("parent_linkage", "parent_linkage2")} - {None}
-    found = _guid(str(parent.details.get("format-specific", {}).get("data", {}).get("data-write-guid", "")))
-    if found is None or found not in wanted:
-        raise ImageError(
+
+    def refusal(parent: Image) -> ImageError | None:
+        found = _guid(str(parent.details.get("format-specific", {}).get("data", {}).get("data-write-guid", "")))
+        if found is not None and found in wanted:
+            return None
+        return ImageError(
             f"{header.file.name}: parent {parent.file.name} has the data write GUID {found}, "
             f"{' or '.join(sorted(str(guid) for guid in wanted)) or 'none'} is expected",
             hint="the parent was written to since this image was made on it, or it is another disk",
         )
-    return parent
+
+    def search() -> str | None:
+        return opener.alike(header.file, "vhdx", (".vhdx", ".avhdx"), refusal)
+
+    return opener.parent_by_identity(header.file, names, "vhdx", refusal, search)
 
 
 def _guid(text: str) -> UUID | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vmconv.plugin import Command, access, add_access, add_format, add_secret
+from vmconv.plugin import Command, access, add_access, add_format, add_parent, add_secret
 from vmconv_view.overlay_options import add_writable, refuse_contradictions
 
 
@@ -28,12 +28,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_writable(parser)
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
     import signal
 
     from vmconv.api import installed
+    from vmconv.plugin import UsageError
     from vmconv_view import background
     from vmconv_view.fuse import mount
     from vmconv_view.tree import Tree
@@ -42,6 +44,8 @@ def _run(options: argparse.Namespace) -> int:
     directory, only = _shown(options.directory)
     _refuse(directory, options.mountpoint, options.allow_external)
     refuse_contradictions(options, 1)
+    if options.parents and only is None:
+        raise UsageError("--parent is for one image", hint="name the image instead of its directory")
     if options.writable:
         return _run_writable(options)
     formats = [name.strip() for name in options.formats.split(",") if name.strip()]

@@ -31,5 +31,8 @@ def refuse_contradictions(options: argparse.Namespace, files: int) -> None:
         for name in ("overlay", "commit", "discard"):
             if getattr(options, name):
                 raise UsageError(f"--{name} needs --writable")
+    elif options.parents:
+        hint = "vmconv rebase -u stores the name of a parent that was moved"
+        raise UsageError("--parent: a layer to write to needs the layers below where they say", hint=hint)
     elif options.overlay and files > 1:
         raise UsageError("--overlay names one layer, for one FILE")

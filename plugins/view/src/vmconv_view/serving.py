@@ -17,6 +17,7 @@ from vmconv.plugin import (
     add_access,
     add_format,
     add_options,
+    add_parent,
     add_secret,
     counted,
     printable,
@@ -68,6 +69,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_writable(parser)
     add_access(parser)
     add_secret(parser)
+    add_parent(parser)
 
 
 def _add_tls(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +112,9 @@ def _run(options: argparse.Namespace) -> int:
         suppress(KeyboardInterrupt),
         ended_by_signals(_end),
     ):
-        _serve(options, _exports(options, opener), _tls(options))
+        exports = _exports(options, opener)
+        opener.given.refuse_unused()
+        _serve(options, exports, _tls(options))
     return 0
 
 

@@ -65,7 +65,7 @@ class Tree:
     """The directories and files of a mount of `directory`; paths are relative, "" is the root.
 
     `only` is the name of the one image that is shown; by default all are. `formats` are the names of the formats or
-    variants that are shown; by default all are. `secrets` are for the user who mounts.
+    variants that are shown; by default all are. `secrets` and `parents` are for the user who mounts.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Tree:
         force_share: bool = False,
         backing_format: str | None = None,
         secrets: Iterable[str] = (),
+        parents: Iterable[str] = (),
         only: str | None = None,
         formats: Collection[str] = (),
     ) -> None:
@@ -88,6 +89,7 @@ class Tree:
         self._force_share = force_share
         self._backing_format = backing_format
         self._secrets = tuple(secrets)
+        self._parents = tuple(parents)
         kinds: tuple[FormatKind, ...] = ("disk", "memory")
         self._variants: Mapping[str, Mapping[str, Shown]] = {kind: shown(registry, kind, formats) for kind in kinds}
         self._entries: OrderedDict[tuple[Rights, str], Entry] = OrderedDict()
@@ -196,6 +198,7 @@ class Tree:
             format_option="",
             # What the mounting user may decrypt is not for others.
             secrets=self._secrets if rights is OWN else (),
+            parents=self._parents if rights is OWN else (),
             acting=None if rights is OWN else rights.acting,
             # Another user's access must not trigger recovery of an interrupted conversion.
             settle=settle if rights is OWN else None,

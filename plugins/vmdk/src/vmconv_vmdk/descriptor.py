@@ -15,6 +15,8 @@ from vmconv_vmdk import structs
 from vmconv_vmdk.title import is_descriptor
 
 NO_PARENT = 0xFFFFFFFF
+FIRST_CID = 0xFFFFFFFE
+"""The content id of new disks of VMware, until they are written to."""
 
 _EXTENT = re.compile(r'(RW|RDONLY|NOACCESS)\s+(\d{1,18})\s+([A-Z]+)(?:\s+"(.*)"(?:\s+(\d{1,18})\b)?.*)?', re.IGNORECASE)
 _VALUE = re.compile(r'([\w.:-]+)\s*=\s*(?:"(.*)"|(.*))')

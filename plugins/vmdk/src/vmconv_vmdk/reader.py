@@ -29,7 +29,7 @@ from vmconv.plugin import (
 )
 from vmconv_vmdk import descriptor as descriptors
 from vmconv_vmdk import structs
-from vmconv_vmdk.descriptor import FLAT_KINDS, NO_PARENT, SPARSE_KINDS, Descriptor, Part
+from vmconv_vmdk.descriptor import FIRST_CID, FLAT_KINDS, NO_PARENT, SPARSE_KINDS, Descriptor, Part
 from vmconv_vmdk.esx import Cowd, SeSparse
 from vmconv_vmdk.hosted import Hosted
 from vmconv_vmdk.options import FLAT, AdapterType, Options, Subformat
@@ -277,15 +277,23 @@ class _Disk:
     def parent(self) -> Image:
         """Returns the layer below. Raises `ImageError` if it has changed since this layer was made."""
         described = self.descriptor
-        parent = self.opener.parent(self.file, described.parent or "", "vmdk", moved=True)
-        found = content_id(parent)
-        if found != described.parent_cid:
+
+        def refusal(parent: Image) -> ImageError | None:
+            found = content_id(parent)
+            if found == described.parent_cid:
+                return None
             has = "has none" if found is None else f"is {found:08x}"
-            raise ImageError(
+            return ImageError(
                 f"{self.file.name}: parentCID {described.parent_cid:08x}: the CID of {parent.file.name} {has}",
                 hint="the parent was written to after this layer was made, or is another disk",
             )
-        return parent
+
+        def search() -> str | None:
+            # Disks that were never written have the same CID.
+            new = described.parent_cid == FIRST_CID
+            return None if new else self.opener.alike(self.file, "vmdk", (".vmdk",), refusal)
+
+        return self.opener.parent_by_identity(self.file, (described.parent or "",), "vmdk", refusal, search)
 
     # -- facts
 
