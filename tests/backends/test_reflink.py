@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vmconv import api
 from vmconv.backends import reflink
 from vmconv.backends.copy import CopyBackend
 from vmconv.backends.files import FileTransaction
@@ -23,6 +26,7 @@ from vmconv.io.directory import Directory
 from vmconv.model.plan import ShareSteps
 from vmconv.model.sources import File
 from vmconv.system import linux
+from vmconv.testing.disks import random_bytes
 
 UNIT = 4096
 """Bytes of a block, as `statvfs` has it on the filesystem of the tests' directories."""
@@ -146,7 +150,9 @@ def test_a_filesystem_without_flags_keeps_its_way(
             reflink._set_nocow(file.descriptor, True)
 
 
-@pytest.mark.parametrize(("size", "length"), [(UNIT, UNIT), (UNIT + 1, UNIT), (UNIT - 1, 0), (1, 0), (3 * UNIT, UNIT)])
+@pytest.mark.parametrize(
+    ("size", "length"), [(UNIT, UNIT), (UNIT + 1, UNIT), (UNIT - 1, UNIT - 1), (1, 1), (3 * UNIT, UNIT)]
+)
 def test_one_block_is_shared_and_removed_as_a_trial(
     tmp_path: Path, btrfs: Btrfs, files: Any, size: int, length: int
 ) -> None:
@@ -346,3 +352,136 @@ def test_a_source_that_shares_in_no_way_is_tried_no_longer(btrfs: Btrfs, files: 
     reflink._match_nocow(source, descriptor, UNIT)
     assert btrfs.sets == [False, True]
     os.close(descriptor)
+
+
+# -- ZFS, which is no part of Linux: its rules as zfs_clone_range has them
+
+
+class Zfs:
+    """Files with records, by inode. A clone is a copy here, so that results can be read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, record: int) -> None:
+        self.record = record
+        self.records: dict[int, int] = {}
+        self.busy = 0
+        """Clones that come too early."""
+        self.clones: list[tuple[int, int, int]] = []
+        self.synced: list[int] = []
+        self._stat, self._truncate, self._sync, self._ioctl = os.fstat, os.ftruncate, os.fsync, fcntl.ioctl
+        monkeypatch.setattr(linux, "mount_of", lambda _path: linux.Mount("zfs", "/tank"))
+        monkeypatch.setattr(os, "fstat", self.stat)
+        monkeypatch.setattr(os, "ftruncate", self.truncate)
+        monkeypatch.setattr(os, "fsync", self.sync)
+        monkeypatch.setattr(fcntl, "ioctl", self.ioctl)
+        monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+
+    def stat(self, descriptor: int) -> Any:
+        status = self._stat(descriptor)
+        size = self.records.get(status.st_ino)
+        return status if size is None else Recorded(status, size)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        inode = self._stat(descriptor).st_ino
+        if size > self._stat(descriptor).st_size:
+            self.records.setdefault(inode, self.record)
+        elif size == 0:
+            self.records.pop(inode, None)
+        self._truncate(descriptor, size)
+
+    def sync(self, descriptor: int) -> None:
+        self.synced.append(self._stat(descriptor).st_ino)
+        self._sync(descriptor)
+
+    def ioctl(self, target: int, request: int, packed: Any = 0, *more: Any) -> Any:
+        if request != linux.FICLONERANGE:
+            return self._ioctl(target, request, packed, *more)
+        source, source_offset, length, offset = linux.CLONE.unpack(packed)
+        record = self.records.get(self._stat(source).st_ino, self.record)
+        size, end = self._stat(source).st_size, self._stat(target).st_size
+        if source_offset % record or offset % record:
+            raise error(errno.EINVAL)
+        if length % record and (source_offset + length < size or offset + length < end):
+            raise error(errno.EINVAL)
+        if self.records.setdefault(self._stat(target).st_ino, record) != record:
+            raise error(errno.EINVAL)
+        if self.busy:
+            self.busy -= 1
+            raise error(errno.EAGAIN)
+        self.clones.append((source_offset, length, offset))
+        os.pwrite(target, os.pread(source, length, source_offset), offset)
+        return 0
+
+
+class Recorded:
+    """The status of a file with records of another size."""
+
+    def __init__(self, status: os.stat_result, size: int) -> None:
+        self._status = status
+        self.st_blksize = size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._status, name)
+
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("record", [16 * KIB, 128 * KIB, MIB])
+@pytest.mark.parametrize("format_name", ["qcow2", "vhdx", "raw"])
+def test_zfs_shares_whole_records_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: int, format_name: str
+) -> None:
+    """The filesystem has another size by now. The end of the disk is less than a record."""
+    data = random_bytes(8 * MIB + 5 * 512)
+    (tmp_path / "disk.raw").write_bytes(data)
+    zfs = Zfs(monkeypatch, 32 * KIB)
+    zfs.records[os.stat(tmp_path / "disk.raw").st_ino] = record
+    zfs.busy = 3
+    result = api.convert(str(tmp_path / "disk.raw"), str(tmp_path / "target"), target_format=format_name)
+    assert (result.backend, result.totals.shared) == ("reflink", len(data) if format_name == "raw" else 8 * MIB)
+    assert zfs.clones
+    assert all(start % record == 0 and offset % record == 0 for start, _, offset in zfs.clones)
+    api.convert(str(tmp_path / "target"), str(tmp_path / "back.raw"), source_format=format_name)
+    assert (tmp_path / "back.raw").read_bytes()[: len(data)] == data
+
+
+def test_files_of_other_records_are_copied_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any
+) -> None:
+    most, other, small = files("most", MIB), files("other", MIB // 2), files("small", 5120)
+    zfs = Zfs(monkeypatch, 128 * KIB)
+    for file, record in ((most, 128 * KIB), (other, 16 * KIB), (small, 5120)):
+        zfs.records[os.stat(file.path).st_ino] = record
+    survey = ReflinkBackend().survey(str(tmp_path), [other, most, small])
+    said = "has records of {} bytes and most payload has 131072, and ZFS does not mix the two in one file"
+    assert survey.unit == 128 * KIB
+    assert survey.refusals == {id(other): f"other {said.format(16384)}", id(small): f"small {said.format(5120)}"}
+
+
+def test_a_source_that_was_just_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any
+) -> None:
+    source = files("source", 4 * KIB * 32)
+    zfs = Zfs(monkeypatch, 4 * KIB)
+    zfs.busy = 5
+    with Directory.at(str(tmp_path)) as directory, closing(Temporary(directory, "target", None)) as temporary:
+        output = ReflinkOutput(temporary, 8 * UNIT, kernel_copies=False, durable=False)
+        output.share(steps_of(source, (0, UNIT, UNIT), (2 * UNIT, UNIT, 3 * UNIT)))
+        assert zfs.synced == [os.stat(source.path).st_ino]
+        assert zfs.clones == [(0, UNIT, UNIT), (2 * UNIT, UNIT, 3 * UNIT)]
+        assert os.fstat(output.descriptor).st_size == 8 * UNIT
+        # Not for ever.
+        zfs.busy = 1 << 30
+        monkeypatch.setattr(reflink, "_PATIENCE", 0.01)
+        with pytest.raises(BackendError, match="sharing 4096 bytes from 0x0 at 0x1000: Resource temporarily"):
+            output.share(steps_of(source, (0, UNIT, UNIT)))
+
+
+def test_what_comes_too_early_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any) -> None:
+    source = files("source", 2 * UNIT)
+    zfs = Zfs(monkeypatch, UNIT)
+    zfs.busy = 1
+    assert ReflinkBackend().capabilities(str(tmp_path)).usable
+    zfs.busy = 1
+    assert ReflinkBackend().survey(str(tmp_path), [source]).refusals == {}

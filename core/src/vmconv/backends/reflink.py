@@ -1,9 +1,14 @@
-"""Shares blocks between files by FICLONERANGE: XFS, Btrfs and any other filesystem that supports it."""
+"""Shares blocks between files by FICLONERANGE: XFS, Btrfs and any other filesystem that supports it.
+
+The request shares or fails, on every filesystem (man 2 ioctl_ficlonerange). copy_file_range, which may copy instead,
+is never made here.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -24,6 +29,9 @@ _LONGEST_CALL = 1 << 30
 _TOLD = 4096
 """Calls between two reports of progress."""
 
+_PATIENCE = 60.0
+"""Seconds in which a source that was written to can be shared: ZFS writes its transactions every five or so."""
+
 
 class ReflinkOutput(FileOutput):
     """A temporary file whose payload is shared with the sources."""
@@ -31,7 +39,8 @@ class ReflinkOutput(FileOutput):
     def share(self, steps: ShareSteps) -> None:
         steps = steps.split(_LONGEST_CALL)
         unit = os.fstatvfs(self.descriptor).f_bsize
-        on_btrfs = linux.mount_of(linux.name_of(self.descriptor)).type == "btrfs"
+        kind = linux.mount_of(linux.name_of(self.descriptor)).type
+        on_btrfs = kind == "btrfs"
         if on_btrfs and len(steps):
             source = steps.sources[int(steps.source[0])]
             if isinstance(source, File):
@@ -39,9 +48,13 @@ class ReflinkOutput(FileOutput):
         # The kernel shares a partial last block only at the end of the target, so this comes before ftruncate.
         tails = steps.length % unit != 0
         self._clone(steps.take(tails))
-        os.ftruncate(self.descriptor, self.size)
+        if kind != "zfs":
+            os.ftruncate(self.descriptor, self.size)
         # The fastest order: Btrfs by target, XFS by source (docs/decisions/0013).
         self._clone(steps.take(~tails).ordered(by_target=on_btrfs))
+        if kind == "zfs":
+            # A file of ZFS gets records of the size of the first that it shares, unless it has a size already.
+            os.ftruncate(self.descriptor, self.size)
 
     def _clone(self, steps: ShareSteps) -> None:
         from fcntl import ioctl
@@ -52,13 +65,33 @@ class ReflinkOutput(FileOutput):
         try:
             for first in range(0, len(packed), told):
                 for at in range(first, min(first + told, len(packed)), size):
-                    ioctl(descriptor, request, packed[at : at + size])
+                    try:
+                        ioctl(descriptor, request, packed[at : at + size])
+                    except BlockingIOError:
+                        self._clone_later(packed[at : at + size])
                 self.on_shared(int(steps.length[first // size : first // size + _TOLD].sum()))
         except OSError as exc:
             _, source_offset, length, offset = linux.CLONE.unpack(packed[at : at + size])
             raise BackendError(
                 f"{self.path}: sharing {length} bytes from {source_offset:#x} at {offset:#x}: {exc.strerror}"
             ) from exc
+
+    def _clone_later(self, packed: bytes) -> None:
+        """Shares a range of a file that was written to a moment ago; raises `OSError` after `_PATIENCE`."""
+        from fcntl import ioctl
+
+        os.fsync(linux.CLONE.unpack(packed)[0])
+        end, pause = time.monotonic() + _PATIENCE, 0.01
+        while True:
+            try:
+                ioctl(self.descriptor, linux.FICLONERANGE, packed)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+            else:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
 
 
 class ReflinkTransaction(FileTransaction):
@@ -75,6 +108,9 @@ class ReflinkBackend(Backend):
             os.pwrite(scratch, bytes(2 * unit), 0)
             try:
                 linux.clone_range(scratch, scratch, 0, unit, unit)
+            except BlockingIOError:
+                # The block was written just now, and can be shared later.
+                pass
             except OSError as exc:
                 return Capabilities(usable=False, shares=False, reason=_refusal(exc, directory))
         return Capabilities(usable=True, shares=True, unit=unit)
@@ -82,12 +118,16 @@ class ReflinkBackend(Backend):
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         with os_errors("cannot hold files", where=directory), _scratch(directory) as scratch:
             unit = os.fstatvfs(scratch).f_bsize
-            refused = _clone_errors(sources, scratch, unit)
+            apart: dict[int, str] = {}
+            if linux.mount_of(directory).type == "zfs":
+                unit, apart = _records(sources, unit)
+            alike = [source for source in sources if id(source) not in apart]
+            refused = _clone_errors(alike, scratch, unit)
             if any(_is_nocow_mismatch(exc) for exc in refused.values()):
-                refused = _fewest_errors(sources, scratch, unit, refused)
+                refused = _fewest_errors(alike, scratch, unit, refused)
             by_id = {id(source): source for source in sources}
             reasons = {key: _refusal(exc, directory, by_id[key], scratch) for key, exc in refused.items()}
-        return Survey(unit, reasons)
+        return Survey(unit, reasons | apart)
 
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
@@ -127,15 +167,40 @@ def _clone_error(source: File, scratch: int, unit: int) -> OSError | None:
         return OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
     if source.is_remote:
         return OSError(errno.EREMOTE, os.strerror(errno.EREMOTE))
-    # Any block will do, the last one too (length 0: all): only the pair of files matters.
-    length = unit if source.size >= unit else 0
+    # Any block will do, the last one too: only the pair of files matters. Sharing nothing would prove nothing.
     try:
-        linux.clone_range(source.descriptor, scratch, 0, length, 0)
+        linux.clone_range(source.descriptor, scratch, 0, min(unit, source.size), 0)
+    except BlockingIOError:
+        # It was written to a moment ago, and can be shared later.
+        return None
     except OSError as exc:
         return exc
     finally:
         os.ftruncate(scratch, 0)
     return None
+
+
+# -- ZFS shares whole records. Their size is that of the file, which keeps what its filesystem had (recordsize) when it
+# grew, and a file has one size. A file smaller than a record has one of its own (zfs_clone_range).
+
+
+def _records(sources: Sequence[File], unit: int) -> tuple[int, dict[int, str]]:
+    """Returns the size of the records of most bytes, and the reasons against the sources with others.
+
+    `unit` is the size if no source has whole records.
+    """
+    files = [source for source in sources if not (source.is_device or source.is_remote)]
+    sizes = {id(source): os.fstat(source.descriptor).st_blksize for source in files}
+    # Writers place payload by powers of two.
+    whole = {size for size in sizes.values() if size & (size - 1) == 0}
+    totals = {size: sum(one.size for one in sources if sizes.get(id(one)) == size) for size in whole}
+    chosen = max(totals, key=lambda size: (totals[size], size), default=unit)
+    reason = "has records of {} bytes and most payload has {}, and ZFS does not mix the two in one file"
+    return chosen, {
+        id(source): f"{source.name} {reason.format(size, chosen)}"
+        for source in sources
+        if (size := sizes.get(id(source), chosen)) != chosen
+    }
 
 
 # -- Btrfs shares only between two files with copy-on-write and checksums, or two without. A new file inherits
