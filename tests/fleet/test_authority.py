@@ -179,6 +179,16 @@ def test_a_revocation_is_the_authoritys_alone(authority: Authority, tmp_path: Pa
     assert not is_revocation(stranger.revocation(node), [authority.certificate])
 
 
+def test_what_the_authority_signed_has_one_form(authority: Authority) -> None:
+    """A member could write variants of one revocation until all nodes had no room for the next true one."""
+    body = authority.revocation(new_node_id(), retired=True)
+    signature = body["signature"]
+    spaced = " ".join(signature[at : at + 2] for at in range(0, len(signature), 2))
+    for variant in ({"n": 1}, {"signature": signature.upper()}, {"signature": spaced}, {"signature": f"{signature} "}):
+        assert not is_revocation({**body, **variant}, [authority.certificate])
+    assert is_revocation(dict(reversed(body.items())), [authority.certificate])
+
+
 def test_the_keys_of_nodes_and_their_revocations_are_the_authoritys_alone(authority: Authority, lab: Lab) -> None:
     trust = CertificateTrust(authority.certificate.public_bytes(serialization.Encoding.PEM))
     node, keys = new_node_id(), Keys.generate()

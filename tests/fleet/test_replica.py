@@ -14,7 +14,7 @@ from fleet.pairs import Fleet, Machine, copy_of, pair
 from fleet.plain import PlainSigner, certificate, node_id, retirement
 from vmconv_fleet.catalogue.joining import join
 from vmconv_fleet.errors import MalformedError, NotReadyError
-from vmconv_fleet.replication import messages, records
+from vmconv_fleet.replication import messages, records, store
 from vmconv_fleet.replication.clock import MAX_AHEAD_MS
 from vmconv_fleet.replication.merging import merge
 from vmconv_fleet.replication.messages import Digest, Live, Page, Pull, Summary
@@ -661,6 +661,34 @@ def test_a_retired_node_is_dropped_everywhere_and_does_not_come_back() -> None:
     assert sorted(fourth.replica.store.positions()) == sorted([third.id, fourth.id])
     assert not one.replica.serving
     assert "retired" in one.problems()
+
+
+def test_a_retirement_counts_also_if_there_is_no_room_to_forward_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, one, other = pair()
+    third = fleet.add(2)
+    fleet.flow(100)
+    fleet.link(other, third)
+    fleet.flow(3000)
+    assert third.id in one.replica.store.positions()
+    monkeypatch.setattr(store, "MAX_NOTICES", 0)
+    other.write(*retirement(third.id))
+    fleet.flow(100)
+    assert third.id not in {**one.replica.store.positions(), **other.replica.store.positions()}
+    assert one.replica.store.notices() == []
+
+
+def test_variants_of_a_revocation_that_an_earlier_version_kept_are_dropped() -> None:
+    fleet, one, other = pair()
+    one.write(*retirement(node_id(7)))
+    fleet.flow(100)
+    kept = other.replica.store.notices()
+    record = one.write("revocation", "variant", {**retirement(node_id(7)).body, "n": 1})
+    with other.replica.store.atomic():
+        other.replica.store.note(b"variant", record.wire)
+    assert len(other.replica.store.notices()) == len(kept) + 1
+    again = Machine(fleet, 1, other.disk)
+    assert again.replica.store.notices() == kept
+    assert again.trust.retired(node_id(7))
 
 
 def test_a_digest_does_not_grow_with_nodes_that_were_retired() -> None:

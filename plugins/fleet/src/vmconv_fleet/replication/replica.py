@@ -299,7 +299,8 @@ class Replica:
     def _forward_notices(self) -> list[Send]:
         """Forwards new revocations and proofs of forks to all neighbours, and drops the records of retired nodes."""
         revocations, self._context.verifier.revocations = self._context.verifier.revocations, []
-        if revocations:
+        if self._context.verifier.has_revoked:
+            self._context.verifier.has_revoked = False
             self._drop_retired()
             self._context.forks.refresh()
         proofs, self._context.forks.news = self._context.forks.news, []

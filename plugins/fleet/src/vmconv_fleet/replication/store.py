@@ -418,11 +418,11 @@ class Store(ReplicaView):
         owners = "".join(owner for (owner,) in self._rows("SELECT DISTINCT owner FROM quarantine ORDER BY owner"))
         return blake2b(content + owners.encode(), digest_size=16).hexdigest()
 
-    def note(self, content: bytes, wire: bytes) -> bool:
-        """Keeps a revocation; returns False if it is known or there are too many."""
+    def note(self, content: bytes, wire: bytes) -> bool | None:
+        """Keeps a revocation; returns whether it is new, and None if there are too many."""
         ((count,),) = self._rows("SELECT count(*) FROM notices")
         query = "INSERT OR IGNORE INTO notices VALUES (?, ?)"
-        return count < MAX_NOTICES and self._connection.execute(query, (content, wire)).rowcount > 0
+        return self._connection.execute(query, (content, wire)).rowcount > 0 if count < MAX_NOTICES else None
 
     def remove_notice(self, wire: bytes) -> None:
         self._connection.execute("DELETE FROM notices WHERE wire = ?", (wire,))

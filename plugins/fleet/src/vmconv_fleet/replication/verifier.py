@@ -46,6 +46,8 @@ class Verifier:
         self._off: dict[str, str] = {}
         self.revocations: list[Record] = []
         """New revocations, signed by the authority, to be forwarded; the forwarder removes them."""
+        self.has_revoked = False
+        """Whether there were new ones, also such as are not forwarded; the replica resets it."""
 
     def retired(self, owner: str) -> bool:
         """Returns whether the owner is retired, and its records refused."""
@@ -54,7 +56,11 @@ class Verifier:
     def learn_stored(self) -> None:
         """Loads what the authority signed, as far as it is stored, into the trust."""
         for wire in self._store.notices():
-            self._trust.learn(decode(wire))
+            record = decode(wire)
+            if not self._trust.learn(record) and record.kind == "revocation":
+                # An earlier version accepted other forms of it.
+                with self._store.atomic():
+                    self._store.remove_notice(wire)
         for kind in sorted(_SELF_EVIDENT):
             for record in self._store.find(kind):
                 self._trust.learn(record)
@@ -106,8 +112,11 @@ class Verifier:
                 continue
             if record.kind == "revocation":
                 with self._store.atomic():
-                    if self._store.note(_content(record), record.wire):
-                        self.revocations.append(record)
+                    is_new = self._store.note(_content(record), record.wire)
+                if is_new:
+                    self.revocations.append(record)
+                # It counts too if there are too many to be forwarded.
+                self.has_revoked |= is_new is not False
 
     def _genuine(self, records: Sequence[Record]) -> bool:
         last = records[-1]

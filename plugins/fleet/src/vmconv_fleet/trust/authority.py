@@ -302,9 +302,13 @@ def _is_signed(
     context: bytes, names: Iterable[str], body: Mapping[str, Any], authorities: list[x509.Certificate]
 ) -> bool:
     said = {name: body.get(name) for name in names}
+    text = str(body.get("signature"))
     try:
-        signature = bytes.fromhex(str(body.get("signature")))
+        signature = bytes.fromhex(text)
     except ValueError:
+        return False
+    # In one form only: a member could write a thousand variants of a revocation, which all nodes would keep.
+    if body.keys() != {*said, "signature"} or text != signature.hex():
         return False
     return any(_verifies(authority, signature, context + _canonical(said)) for authority in authorities)
 
