@@ -828,6 +828,57 @@ def test_a_neighbour_cannot_fill_the_memory_with_owners_that_do_not_exist() -> N
     assert one.body(one, "certificate", one.signer.key_id) is not None
 
 
+def test_a_neighbour_that_tells_of_owners_that_do_not_exist_delays_no_pull() -> None:
+    """It answers none of the pulls. Each takes seconds, and there were four at a time, from all neighbours together."""
+    fleet, one, other = pair()
+    liar, told = node_id(5), 0
+    other.replica.connected(liar)
+    for pulled in range(10):
+        for _ in range(5):
+            at = {node_id(told + 100 + number): Summary(Position(1, 1), "0" * 16) for number in range(1000)}
+            told += len(at)
+            other.replica.received(liar, messages.encode(Digest(at)))
+        fleet.flow(500)
+        one.write("thing", f"t{pulled}", {"value": pulled})
+        fleet.drop()
+        fleet.flow(2000)
+        assert other.body(one, "thing", f"t{pulled}") == {"value": pulled}
+    sessions = other.replica._context.anti_entropy._sessions.values()
+    assert {session.peer for session in sessions} <= {liar, one.id}
+    assert len(sessions) <= 5
+
+
+def test_owners_that_one_neighbour_tells_of_leave_room_for_those_of_others() -> None:
+    _, one, other = pair()
+    for liar in (node_id(5), one.id):
+        other.replica.connected(liar)
+        for group in range(5):
+            number = 10_000 * int(liar == one.id) + 1000 * group
+            at = {node_id(number + each + 100): Summary(Position(1, 1), "0" * 16) for each in range(1000)}
+            other.replica.received(liar, messages.encode(Digest(at)))
+    assert len(other.replica._context.anti_entropy._wants) == 2 * 1024
+
+
+def test_a_pull_answered_drop_by_drop_is_refused() -> None:
+    """As long as it runs, nobody else is asked for the owner's records."""
+    fleet, one, other = pair()
+    for number in range(3):
+        one.write("thing", f"t{number}", {"value": number})
+    fleet.drop()
+    other.replica.received(one.id, one.replica._publisher.digest(other.id).message)
+    (pull,) = [found for _, message, _ in other.replica.tick() if isinstance(found := messages.decode(message), Pull)]
+    store_ = one.replica.store
+    (wire, *_), last = store_.after(one.id, pull.after.seq, 1)
+    end = store_.position(one.id)
+    assert last < end.seq
+    page = Page(one.id, pull.session, pull.after, pull.base, True, True, end, 0, [wire], pull.since)
+    other.replica.received(one.id, messages.encode(page))
+    assert other.counters["malformed"] == 1
+    assert one.id not in other.replica._context.anti_entropy._sessions
+    fleet.flow(3000)
+    assert other.body(one, "thing", "t2") == {"value": 2}
+
+
 def test_repeated_problems_are_reported_less_often() -> None:
     _, one, other = pair()
     told: list[NodeProblem] = []

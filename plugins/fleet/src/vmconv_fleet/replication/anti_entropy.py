@@ -6,11 +6,13 @@ a state that the owner never had.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
 from vmconv_fleet.errors import FleetError, MalformedError
+from vmconv_fleet.replication import messages
 from vmconv_fleet.replication.messages import Page, Pull
 from vmconv_fleet.replication.neighbours import MAX_OWNERS, NeighbourTable
 from vmconv_fleet.replication.ownlog import sound
@@ -20,6 +22,12 @@ from vmconv_fleet.replication.store import Store
 from vmconv_fleet.replication.verifier import Verifier
 
 SESSIONS = 4
+"""The most pulls from one neighbour at a time, so that one that does not answer delays no pull from others."""
+
+MAX_SESSIONS = 32
+MAX_TOLD = 1024
+"""The most owners to pull of which only one and the same neighbour has told."""
+
 TIMEOUT_MS = 1000
 TRIES = 5
 """The number of times that a page is requested. Each retry waits twice as long."""
@@ -31,6 +39,10 @@ PATIENCE = 2
 BACKOFF_MS = 500
 MAX_BACKOFF_MS = 60_000
 NEVER = 1 << 62
+SHORTEST = 8
+"""The part of a page that each one but the last has at least: else a neighbour could take years for an owner's records,
+which are asked of nobody else meanwhile."""
+
 KEPT = 1 << 20
 """Bytes of an answer that are kept in memory; larger answers are staged in the database."""
 
@@ -42,6 +54,14 @@ class TornError(FleetError):
     """Records that do not form a state of their owner."""
 
 
+class _Want(NamedTuple):
+    """A scheduled pull; `teller` is the neighbour that told of an owner without records here."""
+
+    due: int
+    evidence: str | None
+    teller: str | None
+
+
 class PullSession:
     """One pull of an owner's records from one neighbour; `after` is the position reached so far.
 
@@ -49,12 +69,13 @@ class PullSession:
     neighbour's own position.
     """
 
-    def __init__(self, owner: str, peer: str, number: int, after: Position, evidence: str | None) -> None:
+    def __init__(self, owner: str, peer: str, number: int, after: Position, want: _Want) -> None:
         self.owner = owner
         self.peer = peer
         self.number = number
         self.after = self.base = self.since = after
-        self.evidence = evidence
+        self.evidence = want.evidence
+        self.teller = want.teller
         self.seen = START
         self.kept: list[Record] = []
         self.staged = False
@@ -79,11 +100,6 @@ class PullSession:
         return Pull(self.owner, self.number, self.after, self.base, self.since, self.seen)
 
 
-class _Want(NamedTuple):
-    due: int
-    evidence: str | None
-
-
 class AntiEntropy:
     """The sessions of a replica, the owners to pull, and the neighbours that failed recently."""
 
@@ -96,17 +112,39 @@ class AntiEntropy:
         self._problems = problems
         self._random = random
         self._wants: dict[str, _Want] = {}
+        self._told: Counter[str | None] = Counter()
+        # Owners whose pulls wait until a neighbour has answered another one.
+        self._blocked: set[str] = set()
         self._sessions: dict[str, PullSession] = {}
         self._failures: dict[tuple[str, str], tuple[int, int]] = {}
 
-    def want(self, owner: str, due: int, *, evidence: str | None = None) -> None:
-        """Schedules a pull of the owner's newer records at `due`; with `evidence`, of all records from that peer."""
+    def want(self, owner: str, due: int, *, evidence: str | None = None, teller: str | None = None) -> None:
+        """Schedules a pull of the owner's newer records at `due`; with `evidence`, of all records from that peer.
+
+        `teller` is the neighbour that told of it. One neighbour makes room for few owners without records here.
+        """
         known = self._wants.get(owner)
-        if owner in self._sessions or (known is None and len(self._wants) >= MAX_OWNERS):
+        if owner in self._sessions:
             return
         if known is not None:
-            due, evidence = min(due, known.due), evidence or known.evidence
-        self._wants[owner] = _Want(due, evidence)
+            self._wants[owner] = known._replace(due=min(due, known.due), evidence=evidence or known.evidence)
+            return
+        teller = teller if self._store.position(owner) == START else None
+        if len(self._wants) < MAX_OWNERS and (teller is None or self._told[teller] < MAX_TOLD):
+            self._schedule(owner, _Want(due, evidence, teller))
+
+    def _schedule(self, owner: str, want: _Want) -> None:
+        self._wants[owner] = want
+        self._told[want.teller] += 1
+
+    def _unschedule(self, owner: str) -> _Want | None:
+        want = self._wants.pop(owner, None)
+        self._blocked.discard(owner)
+        if want is not None:
+            self._told[want.teller] -= 1
+            if not self._told[want.teller]:
+                del self._told[want.teller]
+        return want
 
     def wants(self, owner: str, now: int) -> bool:
         """Returns whether a pull of the owner's records runs or is due."""
@@ -118,18 +156,20 @@ class AntiEntropy:
         return owner in self._wants or owner in self._sessions
 
     def forget(self, owner: str) -> None:
-        self._wants.pop(owner, None)
+        self._unschedule(owner)
         self._sessions.pop(owner, None)
+        self._blocked.clear()
 
     def reset(self) -> None:
         """Drops all sessions, because their staged records are gone."""
         self._sessions.clear()
+        self._blocked.clear()
 
     def next_due(self) -> int:
         """Returns when `start_due` has something to do."""
         deadlines = [session.deadline for session in self._sessions.values()]
-        if len(self._sessions) < SESSIONS:
-            deadlines += [want.due for want in self._wants.values()]
+        if len(self._sessions) < MAX_SESSIONS:
+            deadlines += [want.due for owner, want in self._wants.items() if owner not in self._blocked]
         return min(deadlines, default=NEVER)
 
     def start_due(self, now: int) -> Iterator[tuple[str, Pull]]:
@@ -140,10 +180,10 @@ class AntiEntropy:
                 yield late.peer, self.ask(late, now)
             else:
                 self.fail(late, now, patience=PATIENCE)
-        for owner in [owner for owner, want in self._wants.items() if want.due <= now]:
-            if len(self._sessions) >= SESSIONS:
+        for owner in [owner for owner, want in self._wants.items() if want.due <= now and owner not in self._blocked]:
+            if len(self._sessions) >= MAX_SESSIONS:
                 break
-            session = self._start(owner, self._wants.pop(owner).evidence, now)
+            session = self._start(owner, self._wants[owner], now)
             if session is not None:
                 yield session.peer, self.ask(session, now)
 
@@ -173,8 +213,8 @@ class AntiEntropy:
         self._verifier.admit(records, wall)
         if not page.more:
             return records
-        if not records:
-            raise MalformedError("page without records announces more pages")
+        if (size := sum(map(len, page.wires[page.certificates :]))) < messages.PAGE_BYTES // SHORTEST:
+            raise MalformedError(f"page of {size} bytes announces more pages")
         self._keep(session, records)
         session.after = records[-1].position
         session.seen = page.seen
@@ -222,7 +262,7 @@ class AntiEntropy:
         pause = min(BACKOFF_MS << min(count, 20), MAX_BACKOFF_MS) * self._random.uniform(0.5, 1.0)
         self._failures[session.peer, session.owner] = count, now + int(pause) * (count > patience)
         self._close(session)
-        self.want(session.owner, now, evidence=session.evidence)
+        self.want(session.owner, now, evidence=session.evidence, teller=session.teller)
 
     def _keep(self, session: PullSession, records: Sequence[Record]) -> None:
         session.kept += records
@@ -243,22 +283,34 @@ class AntiEntropy:
         self._store.extend(session.owner, counted())
         return count
 
-    def _start(self, owner: str, evidence: str | None, now: int) -> PullSession | None:
-        if self._verifier.retired(owner):
-            return None
+    def _start(self, owner: str, want: _Want, now: int) -> PullSession | None:
+        """Begins the scheduled pull, unless it is not possible, or not yet."""
+        evidence = want.evidence
         position = START if evidence else self._store.position(owner)
-        if evidence is not None:
+        if self._verifier.retired(owner):
+            peers = []
+        elif evidence is not None:
             peers = [evidence] if evidence in self._neighbours else []
         else:
             peers = self._neighbours.ahead(owner, position)
         able = [peer for peer in peers if self._failures.get((peer, owner), (0, 0))[1] <= now]
+        free = [peer for peer in able if self._asked(peer) < SESSIONS]
+        if able and not free:
+            self._blocked.add(owner)
+            return None
+        self._unschedule(owner)
         if not able:
             if peers:
-                self._wants[owner] = _Want(min(self._failures[peer, owner][1] for peer in peers), evidence)
+                due = min(self._failures[peer, owner][1] for peer in peers)
+                self._schedule(owner, want._replace(due=due))
             return None
-        session = PullSession(owner, self._random.choice(able), self._random.randrange(1, 1 << 48), position, evidence)
+        session = PullSession(owner, self._random.choice(free), self._random.randrange(1, 1 << 48), position, want)
         self._sessions[owner] = session
         return session
+
+    def _asked(self, peer: str) -> int:
+        """Returns the number of pulls from a neighbour."""
+        return sum(session.peer == peer for session in self._sessions.values())
 
     def ask(self, session: PullSession, now: int) -> Pull:
         """Returns the next request of a session."""
@@ -270,3 +322,4 @@ class AntiEntropy:
         if session.staged:
             self._store.unstage(session.number)
         self._sessions.pop(session.owner, None)
+        self._blocked.clear()

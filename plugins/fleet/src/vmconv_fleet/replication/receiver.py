@@ -79,7 +79,7 @@ class Receiver:
             return self._examine_known([first])
         context.neighbours[peer].note_position(owner, first.position)
         if owner != context.node:
-            context.anti_entropy.want(owner, context.monotonic())
+            context.anti_entropy.want(owner, context.monotonic(), teller=peer)
             self._buffer.keep(first, EarlyMessage(peer, wires))
         else:
             # If this process has begun to write, another one has written them.
@@ -163,7 +163,7 @@ class Receiver:
         if owner == context.node and self._is_foreign(theirs.position):
             self._examine(peer, owner, theirs, due)
         elif theirs.position > ours and owner not in context.forks:
-            context.anti_entropy.want(owner, due)
+            context.anti_entropy.want(owner, due, teller=peer)
         elif theirs.position > ours or (theirs.position == ours and self._contradicts(owner, theirs)):
             self._examine(peer, owner, theirs, due)
 
