@@ -55,6 +55,18 @@ def test_the_real_one_is_found_behind_a_link_to_the_front_end(link: Path, real: 
     assert log.read_text() == f"{real}: amend 'a b': amend: not a command of vmconv's front end\n"
 
 
+def test_the_log_has_no_passphrases(link: Path, real: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    arguments = [
+        *("convert", "--object", "secret,id=s,data=pass,,word,format=raw", "--image-opts"),
+        *("driver=https,url=https://me:word@host/x,password=word", 'json:{"password": "word"}', "new"),
+    ]
+    assert run(link, *arguments, path=[link.parent, real.parent], VMCONV_QEMU_IMG_LOG=str(log)).returncode == 7
+    text = log.read_text()
+    assert "word" not in text.replace("password", "")
+    assert "secret,id=s,data=...,format=raw" in text and "https://me:...@host/x" in text
+
+
 def test_two_front_ends_do_not_call_each_other(link: Path, real: Path, tmp_path: Path) -> None:
     # A copy of the script has another path, as one of another environment has.
     other = tmp_path / "other/qemu-img"

@@ -207,6 +207,31 @@ def half(handler: Handler, first: int, last: int) -> None:
     handler.connection.close()
 
 
+def drops(handler: Handler, first: int, last: int) -> bool:
+    """Ends the connection after a few bytes, each time."""
+    path = handler.server.directory / "disk.qcow2"
+    headers = {"Content-Range": f"bytes {first}-{last}/{path.stat().st_size}", "Content-Length": str(last - first + 1)}
+    handler.answer(206, headers, path.read_bytes()[first : min(last, first + 99) + 1])
+    handler.close_connection = True
+    return True
+
+
+def test_a_server_whose_answers_have_a_few_bytes_is_an_error(web: Server, qemu_img: QemuImg) -> None:
+    disk(web, qemu_img)
+    web.etags = False
+    web.spoil = drops
+    with pytest.raises(ReadError, match="answers end after a few bytes"):
+        vmconv.info(web.url("disk.qcow2"))
+    assert len(web.asked) < 100
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "\u00fc" * 60, ".example", "\u3002\u3002"])
+@pytest.mark.parametrize("scheme", ["http", "nbd", "s3", "ssh"])
+def test_a_name_that_no_host_has_is_an_error(scheme: str, host: str) -> None:
+    with pytest.raises(UsageError, match=r"is not the name of a host|is not s3://"):
+        vmconv.info(f"{scheme}://{host}/disk.raw")
+
+
 def silent(handler: Handler, first: int, last: int) -> None:
     time.sleep(0.3)
     handler.close_connection = True

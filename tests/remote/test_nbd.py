@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from support.disks import MIB, QemuImg
 from support.requirements import oracle_program
 from support.web import sparse_disk
 from vmconv.errors import AccessError, ReadError, UsageError, VmconvError
+from vmconv.interface.scheme import parse_url
 from vmconv.io.schemes import nbd
 
 GIB = 1 << 30
@@ -122,7 +124,7 @@ def chunk(number: int, kind: int, data: bytes, *, done: bool = True) -> bytes:
 
 
 @contextmanager
-def lying(directory: Path, answer: Answer, size: int = MIB, hello: bytes = HELLO) -> Iterator[str]:
+def lying(directory: Path, answer: Answer, size: int = MIB, hello: bytes = HELLO, contexts: int = 0) -> Iterator[str]:
     """A server of zeros that answers requests by `answer(connection, kind, cookie, length)`."""
     path = directory / "nbd.sock"
     listener = socket.socket(socket.AF_UNIX)
@@ -139,6 +141,7 @@ def lying(directory: Path, answer: Answer, size: int = MIB, hello: bytes = HELLO
                     _, option, length = struct.unpack(">QII", take(connection, 16))
                     take(connection, length)
                     if option == 10:
+                        connection.sendall(reply(option, 4, struct.pack(">I", 9) + b"other") * contexts)
                         connection.sendall(reply(option, 4, CONTEXT))
                     if option == 7:
                         connection.sendall(reply(option, 3, struct.pack(">HQH", 0, size, 3)))
@@ -196,6 +199,10 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     ),
     "too much": (reading(lambda n, size: chunk(n, 2, struct.pack(">QI", 0, size + 1))), "were not asked for"),
     "too long": (reading(lambda n, _: chunk(n, 1, bytes(8) + bytes(MIB * 3))), "were not asked for"),
+    "the same again and again": (
+        reading(lambda n, size: b"".join(chunk(n, 2, struct.pack(">QI", 0, size // 2), done=False) for _ in range(9))),
+        "were not asked for",
+    ),
     "an unknown chunk": (reading(lambda n, _: chunk(n, 77, b"x")), "of type 0x4d"),
     "status of nothing": (stating(lambda n, _: chunk(n, 5, struct.pack(">III", 7, 0, 0))), "says too little"),
     "status of another context": (stating(lambda n, _: chunk(n, 5, struct.pack(">III", 8, 1, 0))), "another context"),
@@ -212,6 +219,48 @@ def test_a_wrong_answer_is_an_error_in_one_line(tmp_path: Path, monkeypatch: pyt
         vmconv.convert(url, made, source_format="raw")
     assert "\n" not in str(caught.value)
     assert not made.exists()
+
+
+def test_of_too_many_ranges_the_rest_counts_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server must not decide how much memory the list of its ranges takes."""
+    monkeypatch.setattr(nbd, "_MOST_RANGES", 10)
+    asked = 0
+
+    def answer(number: int, length: int) -> bytes:
+        nonlocal asked
+        asked += 1
+        # Data and a hole in turn.
+        return chunk(number, 5, struct.pack(">I", 7) + struct.pack(">II", 512, 0) + struct.pack(">II", 512, 3))
+
+    with lying(tmp_path, stating(answer)) as url:
+        export = nbd.NbdExport(parse_url(url))
+        found = export.data_ranges(0, MIB)
+        export.close()
+    assert found == [*((at * 1024, at * 1024 + 512) for at in range(11)), (11 * 1024, MIB)]
+    # The last one says that the client goes.
+    assert asked == 12
+
+
+def test_an_endless_list_of_contexts_is_an_error(tmp_path: Path) -> None:
+    with lying(tmp_path, reading(lambda *_: b""), contexts=100) as url, pytest.raises(ReadError, match="is of type 4"):
+        vmconv.info(url, format_name="raw")
+
+
+def test_a_server_that_drips_is_too_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbd, "SILENCE", 0.3)
+    monkeypatch.setattr(nbd, "SLOWEST", 1 << 30)
+
+    def drip(connection: socket.socket, kind: int, number: int, length: int) -> None:
+        connection.sendall(struct.pack(">IIQ", 0x67446698, 0, number))
+        for _ in range(1000):
+            connection.sendall(b"x")
+            time.sleep(0.0005)
+
+    with lying(tmp_path, drip) as url:
+        export = nbd.NbdExport(parse_url(url))
+        with pytest.raises(ReadError, match="the server is silent"):
+            export.read_into(0, memoryview(bytearray(4096)))
+        export.close()
 
 
 OTHERS = {"zero": bytes(18), "old": HELLO[:16] + b"\0\0", "web": b"HTTP/1.1 400 Bad Request"}

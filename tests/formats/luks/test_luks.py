@@ -253,6 +253,8 @@ HOSTILE = [
     ("segments.0.type", "linear", "'linear' is not supported"),
     ("segments.1", {"type": "crypt", "offset": "0", "size": "512"}, "0, 1: only one segment"),
     ("digests.0.iterations", 1 << 40, r"digests\.0\.iterations"),
+    ("digests.0.digest", "AAAA", r"digests\.0\.digest.*3 bytes are no digest of sha256"),
+    ("digests.0.digest", "", "0 bytes are no digest of sha256"),
     ("digests", {}, "none is of the segment"),
     ("config.requirements", {"mandatory": ["online-reencrypt-v2"]}, "'online-reencrypt-v2' is not"),
     ("keyslots", [[[[]]]], "JSON area, keyslots"),

@@ -19,6 +19,7 @@ from vmconv.cli.options import (
     add_rate,
     add_secret,
     add_snapshot,
+    add_sparse,
     add_storage,
     in_snapshot,
     source_and_storage,
@@ -64,6 +65,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_format(parser, "-f", "SOURCE")
     add_options(parser, "the formats", "FMT.NAME=VALUE")
     add_compress(parser)
+    add_sparse(parser)
     add_bitmaps(parser)
     add_snapshot(parser)
     add_from_snapshot(parser)

@@ -181,6 +181,17 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sparse(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-S",
+        dest="sparse",
+        type=read_size,
+        metavar="SIZE",
+        help="read all payload, and leave out runs of zeros of at least SIZE bytes, in blocks of 4 KiB (default:\n"
+        "payload is not read, so zeros in it stay)",
+    )
+
+
 def add_bitmaps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bitmaps", action="store_true", help="carry over the persistent bitmaps of SOURCE itself, from qcow2 to qcow2"
@@ -373,11 +384,12 @@ def add_making(parser: argparse.ArgumentParser) -> None:
 
 
 def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of a `Request` from `-f`, `-c`, `-l`, `add_storage`, `--force` and `add_access`."""
+    """Returns the fields of a `Request` from `-f`, `-c`, `-S`, `-l`, `add_storage`, `--force` and `add_access`."""
     return {
         "source_format": options.format_f,
         "source_backing_format": options.source_backing_format,
         "compress": options.compress,
+        "sparse": options.sparse,
         "bitmaps": options.bitmaps,
         "skip_broken_bitmaps": options.skip_broken_bitmaps,
         "snapshot": options.snapshot,

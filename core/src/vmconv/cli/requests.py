@@ -22,6 +22,7 @@ from vmconv.cli.options import (
     add_rate,
     add_secret,
     add_snapshot,
+    add_sparse,
     add_storage,
     in_snapshot,
     source_and_storage,
@@ -53,6 +54,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
     add_options(parser, "the target format")
     add_compress(parser)
+    add_sparse(parser)
     add_bitmaps(parser)
     add_snapshot(parser)
     add_part(parser)

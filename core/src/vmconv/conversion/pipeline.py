@@ -208,7 +208,13 @@ def _source(request: Request, opener: Opener) -> Image:
             f"{request.target}: has a disk of {request.size} bytes, and the source has {image.size}",
             hint="vmconv resize makes it larger",
         )
-    return image if request.size is None else image.sized(request.size)
+    if request.size is not None:
+        image = image.sized(request.size)
+    if request.sparse is None:
+        return image
+    from vmconv.conversion.zeros import without_zeros
+
+    return without_zeros(image, request.sparse)
 
 
 def _part(request: Request, image: Image) -> Image:

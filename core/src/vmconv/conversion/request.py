@@ -50,6 +50,8 @@ class Request(NamedTuple):
 
     `compress` compresses all payload, as `Format.compressing` says for the target's format.
 
+    `sparse` reads all payload, and leaves out runs of zeros of at least this many bytes.
+
     `more_sources` are further disks, all in `source_format` if it is given: the target's disk is `source`, then these.
 
     `bitmaps` carries over the persistent bitmaps of the image itself, not of its backing files. `skip_broken_bitmaps`
@@ -111,6 +113,7 @@ class Request(NamedTuple):
     bitmaps: bool = False
     skip_broken_bitmaps: bool = False
     more_sources: FilePaths = ()
+    sparse: int | None = None
     secrets: FilePaths = ()
     parents: FilePaths = ()
 
@@ -141,6 +144,8 @@ class Request(NamedTuple):
         self._refuse_part()
         if self.more_sources:
             self._refuse_with_several()
+        if self.sparse is not None:
+            self._refuse_sparse(self.sparse)
         if self.bitmaps and (self.chain or self.snapshot is not None or self.is_part):
             raise UsageError("--bitmaps: only for the present state of one whole image, no --chain, --snapshot or part")
         if self.skip_broken_bitmaps and not self.bitmaps:
@@ -177,6 +182,21 @@ class Request(NamedTuple):
                     raise UsageError(
                         f"{name}: the target would be a part of the disk", hint="omit --offset and --length"
                     )
+
+    def _refuse_sparse(self, least: int) -> None:
+        if least < 1:
+            raise UsageError(
+                f"-S {least}: a run of zeros has at least 1 byte",
+                hint="-o preallocation=full writes zeros where there is no payload",
+            )
+        for given, name in (
+            (self.in_place, "--in-place"),
+            (self.chain, "--chain"),
+            (self.backing_file is not None, "-B"),
+            (self.blank is not None, "a new disk"),
+        ):
+            if given:
+                raise UsageError(f"-S: zeros are left out of a whole disk in a new file, and {name} makes another")
 
     def _refuse_with_several(self) -> None:
         for given, name in (

@@ -14,6 +14,8 @@ from vmconv.errors import UsageError
 
 MAX_URL = 8192
 """Characters of a URL."""
+_MAX_LABEL = 63
+"""Characters between two dots of a host's name (RFC 1035, section 2.3.4)."""
 
 _BEGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # RFC 3986, section 3. The password and the query may hold secrets.
@@ -91,7 +93,18 @@ def parse_url(text: str) -> Url:
     url = _address(found)
     if url.port is not None and not 0 < url.port < 1 << 16:
         raise UsageError(f"{url.shown}: port {url.port} is not in 1..65535")
+    if not _is_host(url.host):
+        raise UsageError(f"{url.shown}: {url.host!r} is not the name of a host")
     return url
+
+
+def _is_host(host: str) -> bool:
+    """Returns whether Python can look a name up; it raises no `OSError` for others. No host is one, too."""
+    try:
+        ascii_host = host if host.isascii() else host.encode("idna").decode()
+    except UnicodeError:
+        return False
+    return not host or all(0 < len(label) <= _MAX_LABEL for label in ascii_host.removesuffix(".").split("."))
 
 
 def _address(found: re.Match[str]) -> Url:

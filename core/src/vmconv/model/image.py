@@ -177,6 +177,14 @@ class Image:
         other._load_places = None
         return other
 
+    def merged(self, change: Callable[[Extents], Extents]) -> Image:
+        """Returns all layers as one without a parent; its table is that of the disk, changed when it is loaded."""
+        other = self._changed(lambda _: change(self.flat))
+        other._load_parent, other.parent_reference, other.parent_format = None, None, None
+        other._load_places = None
+        other.__dict__.pop("parent", None)
+        return other
+
     def part(self, offset: int, length: int) -> Image:
         """Returns bytes `[offset, offset + length)` of the disk as a disk of its own, each layer cut to them.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -79,6 +79,17 @@ def whole_blocks(table: Extents, unit: int) -> Runs:
         np.concatenate([np.zeros(int(full.sum()), dtype=bool), np.ones(len(mixed), dtype=bool)]),
     )
     return runs.take(np.argsort(runs.first, kind="stable"))
+
+
+def pieces(runs: Runs, most: int) -> Iterator[tuple[int, int]]:
+    """Yields first block and number of blocks of pieces of at most `most`; runs that follow each other are one."""
+    first, count = runs.first, runs.blocks
+    begins = np.ones(len(first), dtype=bool)
+    begins[1:] = first[1:] != (first + count)[:-1]
+    total = np.add.reduceat(count, np.flatnonzero(begins)) if len(first) else count
+    for start, length in zip(first[begins].tolist(), total.tolist(), strict=True):
+        for at in range(0, length, most):
+            yield start + at, min(most, length - at)
 
 
 def fill_partial_holes(table: Extents, parent: Extents, unit: int) -> Extents:

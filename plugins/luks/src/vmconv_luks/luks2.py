@@ -143,6 +143,10 @@ def read(file: File) -> Volume:
     _refuse_costs(file, header, slots)
     metadata = header.metadata
     size = _size(file, header, segment)
+    for name, one in metadata.digests.items():
+        # A shorter one would fit other keys, too.
+        if len(one.digest) != hashlib.new(one.hash).digest_size:
+            raise _wrong(file, header, f"digests.{name}.digest", f"{len(one.digest)} bytes are no digest of {one.hash}")
     digests = tuple(
         Digest(Derivation(_PBKDF2, one.hash, one.iterations, one.salt), one.digest, frozenset(one.keyslots))
         for one in metadata.digests.values()

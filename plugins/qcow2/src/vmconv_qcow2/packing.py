@@ -218,21 +218,9 @@ def _compressed(table: Extents, how: Compression, scratch: Scratch | None, *, ze
 
 
 def _pieces(table: Extents, cluster: int) -> Iterator[tuple[int, int]]:
-    """Yields number and count of runs of clusters with payload."""
+    """Returns number and count of runs of clusters with payload."""
     runs = blocks.whole_blocks(table, cluster)
-    runs = runs.take(runs.kind == Kind.DATA)
-    together = max(1, _TOGETHER // cluster)
-    for first, count in zip(*_joined(runs.first, runs.blocks), strict=True):
-        for at in range(0, count, together):
-            yield first + at, min(together, count - at)
-
-
-def _joined(first: Column, count: Column) -> tuple[list[int], list[int]]:
-    """Returns first and count of runs, with those joined that follow each other."""
-    begins = np.ones(len(first), dtype=bool)
-    begins[1:] = first[1:] != (first + count)[:-1]
-    total = np.add.reduceat(count, np.flatnonzero(begins)) if len(first) else count
-    return first[begins].tolist(), total.tolist()
+    return blocks.pieces(runs.take(runs.kind == Kind.DATA), max(1, _TOGETHER // cluster))
 
 
 def _packed(table: Extents, how: Compression, first: int, count: int, *, zeros: bool) -> list[bytes]:

@@ -7,6 +7,7 @@ process never tries the same program twice: an `exec` keeps the process id.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ VERBS = "VMCONV_QEMU_IMG_HAND_OVER"
 
 _TRIED = "VMCONV_QEMU_IMG_TRIED"
 """Variable of the front end itself: process id, and the programs that this process has been."""
+
+
+# Values may hold two commas for one.
+_SECRET = re.compile(r"((?:^|[,.])(?:data|password|cookie)=)(?:[^,]|,,)*")
+_AUTHORITY = re.compile(r"(://[^/@:]*:)[^/@]*@")
 
 
 class NotAnsweredError(Exception):
@@ -54,6 +60,13 @@ def hand_over(arguments: Sequence[str], reason: str, code: int = 1) -> int:
     return code
 
 
+def _without_secrets(argument: str) -> str:
+    """Returns an argument for the log, which others may read: without passphrases."""
+    if argument.startswith("json:"):
+        return "json:..."
+    return _AUTHORITY.sub(r"\1...@", _SECRET.sub(r"\1...", argument))
+
+
 def _tried() -> list[str]:
     """Returns the programs that this process has been already."""
     number, _, paths = os.environ.get(_TRIED, "").partition(os.pathsep)
@@ -65,6 +78,7 @@ def note(who: str, arguments: Sequence[str], reason: str = "") -> None:
     log = os.environ.get(LOG)
     if not log:
         return
-    text = f"{who}: {shlex.join(arguments)}{f': {reason}' if reason else ''}"
+    shown = [_without_secrets(argument) for argument in arguments]
+    text = f"{who}: {shlex.join(shown)}{f': {reason}' if reason else ''}"
     with suppress(OSError), open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(" ".join(text.splitlines()) + "\n")

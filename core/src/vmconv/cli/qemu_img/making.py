@@ -191,6 +191,8 @@ def convert(asked: Given) -> int:
     if len(formats) > 1:
         raise NotAnsweredError(f"sources are {' and '.join(sorted(formats))}")
     qemu = asked.writer_options()
+    if device and qemu:
+        raise NotAnsweredError(f"{target}: a block device, and -o is given")
     backing, backing_format = asked.last("-B"), asked.last("-F")
     if (backing is None) != (backing_format is None):
         raise NotAnsweredError("-B without -F")

@@ -34,6 +34,8 @@ MAX_SIZE = 1 << 62
 MAX_REDIRECTS = 5
 TRIES = 5
 """Requests for one range before it is an error."""
+_SHORT, _MOST_SHORT = 64 << 10, 64
+"""Answers of fewer bytes, to requests for more, before it is an error."""
 
 SILENCE = 30.0
 """Seconds that a server may send nothing."""
@@ -136,10 +138,12 @@ class HttpObject(Remote):
 
     def _read(self, offset: int, buffer: memoryview) -> int:
         """Fills the buffer and returns the bytes; fewer only at the end of the object, by the first request."""
-        done, tries = 0, 0
+        done, tries, short = 0, 0, 0
         while done < len(buffer):
             try:
-                done += self._fetch(offset + done, buffer[done:])
+                step = self._fetch(offset + done, buffer[done:])
+                done += step
+                short += step < _SHORT
             except _RetryableError as again:
                 tries += 1
                 if tries >= TRIES:
@@ -149,6 +153,8 @@ class HttpObject(Remote):
                 time.sleep(min(_LONGEST_PAUSE, max(again.pause, PAUSE * 2 ** (tries - 1))))
             if self._version and offset + done >= self._version.size:
                 break
+            if short > _MOST_SHORT:
+                raise ReadError(f"{self.shown}: cannot be read at {offset + done:#x}: answers end after a few bytes")
         return done
 
     def _fetch(self, offset: int, buffer: memoryview) -> int:

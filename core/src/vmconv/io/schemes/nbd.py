@@ -47,6 +47,10 @@ _SMALL = 64 << 10
 """Bytes of a reply to an option, or of an error, at most."""
 _EXTENTS = 1 << 20
 """Ranges of one answer about allocation, at most."""
+_MOST_RANGES = 1 << 22
+"""Ranges with data that are kept; all that lies behind them counts as data."""
+_INFOS = 64
+"""Replies to one option before the last one, at most."""
 _ASKED = 1 << 30
 """Bytes that one request about allocation is for, at most: lengths are of 32 bits."""
 _MOST_ASKED = 1 << 17
@@ -128,7 +132,9 @@ class NbdExport(Pipelined):
         data = struct.pack(">I", len(self._name)) + self._name + struct.pack(">II", 1, len(_CONTEXT)) + _CONTEXT
         kind, answer = self._option(_SET_META_CONTEXT, data)
         found = None
-        while kind == _META_CONTEXT and found is None:
+        for _ in range(_INFOS):
+            if kind != _META_CONTEXT or found is not None:
+                break
             if answer[4:] == _CONTEXT:
                 found = int.from_bytes(answer[:4])
             kind, answer = self._reply(_SET_META_CONTEXT)
@@ -139,7 +145,7 @@ class NbdExport(Pipelined):
     def _go(self) -> None:
         kind, answer = self._option(_GO, struct.pack(">I", len(self._name)) + self._name + struct.pack(">H", 0))
         size = None
-        for _ in range(_SMALL):
+        for _ in range(_INFOS):
             if kind != _INFO:
                 break
             if len(answer) == 12 and int.from_bytes(answer[:2]) == _INFO_EXPORT:
@@ -200,7 +206,7 @@ class NbdExport(Pipelined):
                 if begin != at:
                     break
                 at = end
-            if at != len(request.buffer) or len(request.parts) > len(request.buffer):
+            if at != len(request.buffer):
                 where = f"{request.offset + at:#x}"
                 raise ReadError(f"{self.shown}: the server's answer has nothing, or something twice, at {where}")
         self.settled(number, request.error)
@@ -212,9 +218,11 @@ class NbdExport(Pipelined):
     def _part(self, request: Request, offset: int, length: int) -> memoryview:
         """Returns where a chunk goes."""
         at = offset - request.offset
-        if at < 0 or length <= 0 or at + length > len(request.buffer):
+        # Also for one that sends the same bytes again and again.
+        if at < 0 or length <= 0 or max(at, request.filled) + length > len(request.buffer):
             raise ReadError(f"{self.shown}: the server sends {length} bytes of {offset:#x}, which were not asked for")
         request.parts.append((at, at + length))
+        request.filled += length
         return request.buffer[at : at + length]
 
     def _failed(self, request: Request, error: int) -> VmconvError:
@@ -236,12 +244,17 @@ class NbdExport(Pipelined):
         for _ in range(_MOST_ASKED):
             if at >= self.size:
                 return found
+            if len(found) > _MOST_RANGES:
+                return [*found, (at, self.size)]
+            before = at
             for length, flags in self._extents(at, min(_ASKED, self.size - at)):
                 end = min(at + length, self.size)
                 if not flags & _STATE_ZERO and end > at:
                     begin = found.pop()[0] if found and found[-1][1] == at else at
                     found.append((begin, end))
                 at = end
+            if at == before:
+                break
         raise ReadError(f"{self.shown}: the server says too little of what is allocated, at {at:#x} for the last time")
 
     def _extents(self, offset: int, length: int) -> list[tuple[int, int]]:
@@ -270,7 +283,10 @@ class NbdExport(Pipelined):
         deadline = time.monotonic() + SILENCE + len(buffer) / SLOWEST
         while buffer:
             # Each byte of a slow server would otherwise have its own time-out.
-            self._socket.settimeout(max(0.001, min(SILENCE, deadline - time.monotonic())))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._socket.settimeout(min(SILENCE, left))
             step = self._socket.recv_into(buffer)
             if not step:
                 raise OSError(errno.ECONNRESET, "the server closed it")

@@ -14,11 +14,15 @@ _AT_ONCE = 64
 
 
 class Request:
-    """A buffer that was asked for: the `parts` of it that are there, whether that is all, and what went wrong."""
+    """A buffer that was asked for: how many bytes of it are there, whether that is all, and what went wrong.
+
+    `parts` are the ranges that are there, for a protocol in which they come in any order.
+    """
 
     def __init__(self, offset: int, buffer: memoryview) -> None:
         self.offset = offset
         self.buffer = buffer
+        self.filled = 0
         self.parts: list[tuple[int, int]] = []
         self.done = False
         self.error: VmconvError | None = None

@@ -177,17 +177,17 @@ class SftpFile(Pipelined):
 
     def _data(self, number: int, request: Request, answer: bytes) -> None:
         """Stores what came; asks for the rest if a server sent less."""
-        done = request.parts[-1][1] if request.parts else 0
+        done = request.filled
         length = len(answer) - 4
         if int.from_bytes(answer[:4]) != length or not 0 < length <= len(request.buffer) - done:
             raise ReadError(f"{self.shown}: the server sends {length} bytes of {request.offset + done:#x}")
         request.buffer[done : done + length] = answer[4:]
-        request.parts.append((done, done + length))
-        if done + length == len(request.buffer):
+        request.filled += length
+        if request.filled == len(request.buffer):
             self.settled(number)
             return
         with self._sending:
-            self._ask(number, request, done + length)
+            self._ask(number, request, request.filled)
 
     # -- packets
 
@@ -199,9 +199,15 @@ class SftpFile(Pipelined):
 
     def _put(self, packet: bytes) -> None:
         assert self._process.stdin is not None
+        descriptor = self._process.stdin.fileno()
         data = memoryview(struct.pack(">I", len(packet)) + packet)
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
         while data:
-            data = data[os.write(self._process.stdin.fileno(), data) :]
+            # A server that answers without reading would fill the pipe, and a write would wait for ever.
+            if not poll.poll(SILENCE * 1000):
+                raise TimeoutError
+            data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
 
     def _packet(self, silence: float) -> tuple[int, bytes]:
         """Returns type and content of the next packet."""
