@@ -390,7 +390,7 @@ def keywords_of(function: str) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
 
 
-INTERNAL = {"descriptor", "facts", "blank", "size"}
+INTERNAL = {"descriptor", "facts", "blank", "size", "storage"}
 """Fields of a request that other functions of the API set."""
 DEVICE = {"no_create", "target_is_zero"}
 """Fields that make a block device the target."""

@@ -23,13 +23,17 @@ if TYPE_CHECKING:
         access,
         add_access,
         add_format,
+        add_making,
         add_options,
         add_output,
         add_parent,
         add_secret,
         formatter,
     )
-    from vmconv.cli.output import ProgressBar, print_json, print_table, size_text
+    from vmconv.cli.output import ProgressBar, print_json, print_table, say, size_text
+    from vmconv.cli.plan import show_plan
+    from vmconv.cli.report import run_and_report
+    from vmconv.conversion.objects import ObjectTarget, make_objects, planned_objects
     from vmconv.errors import (
         AccessError,
         BackendError,
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
         Backend,
         Capabilities,
         Congruence,
+        ObjectBackend,
         Output,
         Survey,
         Transaction,
@@ -83,7 +88,7 @@ if TYPE_CHECKING:
         Member,
         Substitution,
     )
-    from vmconv.interface.scheme import Remote, Scheme, Url
+    from vmconv.interface.scheme import Remote, Scheme, Url, parse_url
     from vmconv.io.decompressing import Decompressed, compression_of, decoded_head
     from vmconv.io.directory import Directory
     from vmconv.io.discovery import version
@@ -91,6 +96,8 @@ if TYPE_CHECKING:
     from vmconv.io.known import RAM_NAME, RAW_NAME, qemu_name
     from vmconv.io.opener import MAX_CHAIN_DEPTH, Opener
     from vmconv.io.registry import Registry, installed
+    from vmconv.io.remote import RemoteFile
+    from vmconv.io.schemes.http import HttpObject, Place
     from vmconv.machine.beginning import Beginning
     from vmconv.machine.decoding import NewFile
     from vmconv.model.bitmaps import DirtyBitmap
@@ -117,7 +124,7 @@ if TYPE_CHECKING:
     from vmconv.model.layout import Allocation, Backing, Layout, OutFile, Placement, Reference, Scratch
     from vmconv.model.options import Identified, Size, describe, option, parse_size
     from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
-    from vmconv.model.plan import Plan, Progress, ShareSteps
+    from vmconv.model.plan import FilePlan, Plan, Progress, ShareSteps
     from vmconv.model.references import Dependency, Record, read_records, refer
     from vmconv.model.sources import Blob, Decoded, Encoded, File, Placeholder, Reserved, Source, Stamp
     from vmconv.model.usage import GUEST, Metadata, Usage, overlaps, refuse_overlaps
@@ -128,6 +135,19 @@ if TYPE_CHECKING:
     from vmconv.system.parallel import in_order
 
 _HOMES = {
+    "add_making": "cli.options",
+    "say": "cli.output",
+    "show_plan": "cli.plan",
+    "run_and_report": "cli.report",
+    "ObjectTarget": "conversion.objects",
+    "make_objects": "conversion.objects",
+    "planned_objects": "conversion.objects",
+    "ObjectBackend": "interface.backend",
+    "parse_url": "interface.scheme",
+    "RemoteFile": "io.remote",
+    "HttpObject": "io.schemes.http",
+    "Place": "io.schemes.http",
+    "FilePlan": "model.plan",
     "Parser": "cli.options",
     "Substitution": "interface.machines",
     "Member": "interface.machines",
@@ -318,10 +338,12 @@ __all__ = [
     "ExistsError",
     "Extents",
     "File",
+    "FilePlan",
     "Findings",
     "Format",
     "FormatKind",
     "Geometry",
+    "HttpObject",
     "Identified",
     "Image",
     "ImageError",
@@ -334,11 +356,14 @@ __all__ = [
     "Metadata",
     "NewFile",
     "NoOptions",
+    "ObjectBackend",
+    "ObjectTarget",
     "Opener",
     "OutFile",
     "Output",
     "Parser",
     "Pinned",
+    "Place",
     "Placeholder",
     "Placement",
     "Plan",
@@ -353,6 +378,7 @@ __all__ = [
     "Reference",
     "Registry",
     "Remote",
+    "RemoteFile",
     "Reserved",
     "Scheme",
     "Scratch",
@@ -378,6 +404,7 @@ __all__ = [
     "access",
     "add_access",
     "add_format",
+    "add_making",
     "add_options",
     "add_output",
     "add_parent",
@@ -405,6 +432,7 @@ __all__ = [
     "installed",
     "is_foreign",
     "joined_over_holes",
+    "make_objects",
     "named_by",
     "on_storage",
     "opened",
@@ -412,7 +440,9 @@ __all__ = [
     "os_errors",
     "overlaps",
     "parse_size",
+    "parse_url",
     "pin",
+    "planned_objects",
     "print_json",
     "print_table",
     "printable",
@@ -422,6 +452,9 @@ __all__ = [
     "read_records",
     "refer",
     "refuse_overlaps",
+    "run_and_report",
+    "say",
+    "show_plan",
     "size_text",
     "spread",
     "table_slices",

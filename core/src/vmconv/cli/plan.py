@@ -16,6 +16,7 @@ from vmconv.interface.scheme import without_secrets
 
 if TYPE_CHECKING:
     from vmconv.conversion.containers import Container
+    from vmconv.conversion.pipeline import Prepared
     from vmconv.model.plan import Plan
 
 
@@ -25,26 +26,41 @@ def _layer(made: Container) -> dict[str, str]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vmconv.cli.output import print_json
     from vmconv.conversion.pipeline import prepared
-    from vmconv.conversion.refusals import refuse_copies
 
     with prepared(request_of(options, options.source, options.target)) as ready:
         layers = [_layer(made) for made in ready.containers[-2::-1]]
-        warnings = ready.conversions[0].warnings
-        if options.output == "json":
-            print_json({**plan_json(ready.plan), "layers": layers, "warnings": list(warnings)}, indent=4)
-        else:
-            made = ready.containers[-1]
-            formats = made.source.format_name, made.format.name
-            source = without_secrets(options.source)
-            say(f"{source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
-            for line in plan_lines(ready.plan, layers, warnings, details=options.verbose):
-                say(f"  {line}")
+        show_plan(ready, layers, as_json=options.output == "json", details=options.verbose)
         if options.picture:
             draw_plan(options.picture, ready.image, ready.plan)
-        refuse_copies(options.target, options.zero_copy, ready.plan)
+        _refuse_copies(ready)
     return 0
+
+
+def show_plan(
+    ready: Prepared, layers: Sequence[dict[str, str]] = (), *, as_json: bool = False, details: bool = False
+) -> None:
+    """Prints a planned conversion; `layers` are images below the target."""
+    from vmconv.cli.output import print_json
+
+    warnings = ready.conversions[0].warnings
+    if as_json:
+        print_json({**plan_json(ready.plan), "layers": list(layers), "warnings": list(warnings)}, indent=4)
+        return
+    for request, containers, _ in ready.conversions:
+        made = containers[-1]
+        source = without_secrets(request.source)
+        formats = made.source.format_name, made.format.name
+        say(f"{source} ({formats[0]}) -> {request.target} ({formats[1]}) by {ready.plan.way}")
+    for line in plan_lines(ready.plan, layers, warnings, details=details):
+        say(f"  {line}")
+
+
+def _refuse_copies(ready: Prepared) -> None:
+    from vmconv.conversion.refusals import refuse_copies
+
+    request = ready.conversions[0].request
+    refuse_copies(request.target, request.zero_copy, ready.plan)
 
 
 def plan_lines(

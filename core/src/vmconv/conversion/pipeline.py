@@ -27,7 +27,7 @@ from vmconv.conversion.refusals import (
     refuse_too_large,
 )
 from vmconv.conversion.request import Request, Result, options_of
-from vmconv.conversion.streaming import refuse_with_stream, stream_target
+from vmconv.conversion.streaming import refuse_elsewhere, target_elsewhere
 from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
@@ -94,8 +94,8 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
 
     `others` are requests for other targets of the same source in the same directory; all form one transaction.
     """
-    if request.descriptor is not None:
-        with _prepared_stream(request, request.descriptor) as ready:
+    if not request.is_local:
+        with _prepared_elsewhere(request, *others) as ready:
             yield ready
         return
     registry = installed()
@@ -233,32 +233,54 @@ def _part(request: Request, image: Image) -> Image:
 
 
 @contextmanager
-def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
-    """Yields the planned conversion to a stream. Raises `PlanError` if the image has more than one file."""
+def _prepared_elsewhere(*requests: Request) -> Iterator[Prepared]:
+    """Yields the planned conversions to a stream, or to objects of a store.
+
+    Raises `PlanError` if an image has more than one file.
+    """
     from vmconv.backends.stream import StreamBackend
     from vmconv.conversion.views import refuse_source_kept
 
-    refuse_with_stream(request)
-    backend = StreamBackend(descriptor)
+    request = requests[0]
+    for each in requests:
+        refuse_elsewhere(each)
+    storage = request.storage
+    backend = storage or StreamBackend(-1 if request.descriptor is None else request.descriptor)
     registry = installed()
     with request.opener(registry) as opener, closing(_scratch(None)) as scratch:
-        target = stream_target(request, registry)._replace(scratch=scratch)
-        refuse_source_kept(target.format, target.options)
+        targets = [(each, target_elsewhere(each, registry)._replace(scratch=scratch)) for each in requests]
         image = _source(request, opener)
-        refuse_other_kind(image.file.name, image.kind, target.format, registry)
-        refuse_bitmaps(image, target.format)
+        for _, target in targets:
+            refuse_source_kept(target.format, target.options)
+            refuse_other_kind(image.file.name, image.kind, target.format, registry)
+            refuse_bitmaps(image, target.format)
         image.warnings += tuple(checking.warnings(image, opener))
+        if storage:
+            image = storage.staged(image)
         way = Proposal(backend, backend.survey("", image.payload_files()))
-        kept = kept_layer(request, target, image, registry)
-        conversion = conversion_of(request, target, image, way, registry, kept)
-        files = len(conversion.plan.files)
-        if files > 1:
-            raise PlanError(
-                f"{target.format.name} would be {files} files, and a stream is one",
-                hint="choose another -o subformat, or convert to a file",
-            )
-        begin = partial(backend.send, opener.files)
-        yield Prepared(image, backend, (conversion,), conversion.plan, opener, begin)
+        conversions = tuple(
+            conversion_of(each, target, image, way, registry, kept_layer(each, target, image, registry))
+            for each, target in targets
+        )
+        for conversion in conversions:
+            _refuse_several_files(conversion)
+        plan = merge_plans([conversion.plan for conversion in conversions])
+        begin = (
+            partial(storage.start, opener.files, force=request.force)
+            if storage
+            else partial(backend.send, opener.files)
+        )
+        yield Prepared(image, backend, conversions, plan, opener, begin)
+
+
+def _refuse_several_files(conversion: Conversion) -> None:
+    files = len(conversion.plan.files)
+    if files > 1:
+        what = "a stream" if conversion.request.storage is None else "an object"
+        raise PlanError(
+            f"{conversion.containers[-1].format.name} would be {files} files, and {what} is one",
+            hint="choose another -o subformat, or convert to a file",
+        )
 
 
 def run(
@@ -286,7 +308,7 @@ def run(
 
         progress = limited(progress, request.rate)
     try:
-        if request.descriptor is None:
+        if request.is_local:
             with places(request, *others) as found:
                 # Before planning: completing an interrupted run changes which files exist.
                 clean(_only_directory(found), [name for _, name in found])
@@ -329,6 +351,8 @@ def _refuse_unverifiable(ready: Prepared, mode: Verify | None) -> None:
         raise UsageError("--verify=qemu: qemu-img compares one disk with one", hint="use --verify=bytes")
     if mode == "qemu" and request.is_part:
         raise UsageError("--verify=qemu: qemu-img compares no parts of disks", hint="use --verify=bytes")
+    if mode == "qemu" and ready.plan.destination == "objects":
+        raise UsageError("--verify=qemu: qemu-img reads no object before it appears", hint="use --verify=bytes")
     if mode == "qemu" and ready.plan.destination == "device":
         raise UsageError("--verify=qemu: a device cannot be read before all is written", hint="use --verify=bytes")
     refuse_impossible(mode, ready.containers, ready.opener.registry, request)
@@ -425,7 +449,7 @@ def conversion_of(
     parts = parts_of(image, target, registry, kept, chain=request.chain)
     containers = lay_out(parts, target, way.survey, registry, kept, way.carrier)
     for made in containers:
-        if request.descriptor is not None:
+        if not request.is_local:
             from vmconv.conversion.views import refuse_references
 
             refuse_references(target.format, made.layout)

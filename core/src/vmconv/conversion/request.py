@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vmconv.errors import UsageError
 from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, Mode, WriterOptions, ZeroCopy
+from vmconv.interface.backend import ObjectBackend
 from vmconv.interface.scheme import is_url, without_secrets
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
@@ -74,6 +75,8 @@ class Request(NamedTuple):
     and size stay. With `target_is_zero` a device is read, and only what is not zero is zeroed.
 
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
+
+    `storage` makes the target where there are no local files, see `ObjectBackend`; then `target` is its name there.
     """
 
     source: FilePath
@@ -116,6 +119,12 @@ class Request(NamedTuple):
     sparse: int | None = None
     secrets: FilePaths = ()
     parents: FilePaths = ()
+    storage: ObjectBackend | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """True if the target is a file or a device."""
+        return self.descriptor is None and self.storage is None
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -238,7 +247,7 @@ class Request(NamedTuple):
         )
 
     def _spool_directory(self) -> str:
-        if self.descriptor is None:
+        if self.is_local:
             return os.path.dirname(os.path.realpath(self.target))
         from tempfile import gettempdir
 

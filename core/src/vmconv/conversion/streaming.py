@@ -1,4 +1,4 @@
-"""A conversion whose target is a stream: what does not apply, and its target."""
+"""A conversion whose target is no file, but a stream or an object: what does not apply, and its target."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from vmconv.io.registry import Registry
 
 
-def refuse_with_stream(request: Request) -> None:
-    if request.target_format is None:
+def refuse_elsewhere(request: Request) -> None:
+    if request.descriptor is not None and request.target_format is None:
         raise UsageError("a stream has no suffix that names a format", hint="name the format with -O")
+    what_it_is = "a stream is" if request.storage is None else "an object of a store is"
     for given, what in (
         (request.chain, "a chain"),
         (request.no_create, "-n"),
@@ -24,11 +25,21 @@ def refuse_with_stream(request: Request) -> None:
         (request.backend != "auto", f"the backend {request.backend}"),
     ):
         if given:
-            raise UsageError(f"a stream is a single image: {what} does not apply")
+            raise UsageError(f"{what_it_is} a single image: {what} does not apply")
 
 
-def stream_target(request: Request, registry: Registry) -> Target:
-    """Returns the target of a stream. Its name is a guess, for formats that store their own file name."""
+def target_elsewhere(request: Request, registry: Registry) -> Target:
+    """Returns the target of a stream, or an object. The name of a stream is a guess, for formats that store it."""
+    if request.storage is not None:
+        return _object_target(request, registry)
     wanted = registry.writer(request.target_format or "")
     options = options_of(request, wanted, registry)
     return Target.of(wanted, options, "", new_name(os.path.basename(request.source.rstrip("/")), wanted, registry))
+
+
+def _object_target(request: Request, registry: Registry) -> Target:
+    name = request.target_format or registry.format_by_suffix(request.target)
+    if name is None:
+        raise UsageError(f"{request.target}: its name has no format's suffix", hint="name the format with -O")
+    wanted = registry.writer(name)
+    return Target.of(wanted, options_of(request, wanted, registry), "", os.path.basename(request.target))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
 
 from vmconv.errors import AccessError, ImageError, ReadError, SecretError, UsageError, VmconvError
 from vmconv.interface.format import CheckReport
 from vmconv.io.opener import Opener
 from vmconv.model.image import Image
 from vmconv.model.references import Dependency, Finding, compared
+
+if TYPE_CHECKING:
+    from vmconv.io.remote import RemoteFile
 
 _MISSING = "is missing"
 _ENCRYPTED = "is encrypted, and without a passphrase (--secret) only its structure can be checked"
@@ -27,11 +31,23 @@ def check_image(image: Image, opener: Opener, *, payload: bool = False) -> Check
         raise UsageError(f"{image.file.name}: {image.format_name} stores no hash of the disk to compare with")
     report = opener.registry.format(image.format_name).check(image)
     alone = report is None and not image.dependencies and image.parent_reference is None
-    if alone and _refusal(image) is None:
+    problems = _problems_of_objects(opener)
+    if alone and problems is None and _refusal(image) is None:
         return None
     found = report or CheckReport(image_end=image.file.size)
+    if problems:
+        found = found._replace(
+            corruptions=(*found.corruptions, *problems), corruption_count=found.corruption_count + len(problems)
+        )
     found = _with_layers(_readable(_with_files(found, image, opener), image), image)
     return _with_payload(found, image) if payload and not found.errors else found
+
+
+def _problems_of_objects(opener: Opener) -> list[str] | None:
+    """Returns what is wrong with files that are not local, where they lie; None if there is nothing to look at."""
+    remote = [cast("RemoteFile", file) for file in opener.files if file.is_remote]
+    looked = [(file, problems) for file in remote if (problems := file.remote.problems()) is not None]
+    return [f"{file.name}: {problem}" for file, problems in looked for problem in problems] if looked else None
 
 
 def _with_payload(found: CheckReport, image: Image) -> CheckReport:

@@ -350,7 +350,9 @@ def _model(kind: type[_Tuple]) -> type[BaseModel]:
             name: (hint, None if name in optional else ...)
             for name, hint in get_type_hints(kind, include_extras=True).items()
         }
-        _MODELS[kind] = create_model(kind.__name__, __config__=ConfigDict(strict=True), **fields)
+        _MODELS[kind] = create_model(
+            kind.__name__, __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields
+        )
     return _MODELS[kind]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vmconv.io.directory import Directory
+    from vmconv.model.image import Image
     from vmconv.model.plan import Destination, Plan, Progress, ShareSteps
     from vmconv.model.sources import File, Source
 
@@ -158,6 +159,36 @@ class Backend(ABC):
         Without `durable` nothing is synced, and a power failure may lose committed files. The directory stays open
         until the transaction ends, and may be moved meanwhile.
         """
+
+
+class ObjectBackend(Backend):
+    """A way to make objects of a store, which has no directories. Made for one conversion and its targets, so it is not
+    registered.
+
+    Each image is one object, whose `Output.finish` returns a file that is read from the store.
+    """
+
+    automatic = False
+    destination: Destination = "objects"
+
+    def capabilities(self, directory: str) -> Capabilities:
+        return Capabilities(usable=True, shares=True)
+
+    @abstractmethod
+    def staged(self, image: Image) -> Image:
+        """Returns the disk with its payload in files that the store has, or will have: see `Image.holding`.
+
+        Called before `survey`, whose `refusals` are for those of the files that have to be sent. Changes nothing.
+        """
+
+    @abstractmethod
+    def start(self, sources: Sequence[File], *, force: bool) -> Transaction:
+        """Returns a new transaction; the arguments are those of `begin` and of `Access`."""
+
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
+        return self.start(access.sources, force=force)
 
 
 class Proposal(NamedTuple):

@@ -134,6 +134,13 @@ class Remote(ABC):
         """Returns the `(start, end)` ranges of a range that may have data, in order; all others read as zero."""
         return [(start, end)] if start < end else []
 
+    def problems(self) -> list[str] | None:
+        """Returns what is wrong with the object where it lies, such as parts that are missing; reads no content.
+
+        None if there is nothing to look at.
+        """
+        return None
+
     def close(self) -> None:
         """Closes all connections."""
         return

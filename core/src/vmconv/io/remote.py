@@ -45,7 +45,7 @@ class RemoteFile(File):
         self.settled = True
         # Files are compared by device and inode, for loops in chains.
         self.stamp = Stamp(0, hash(self.path), remote.size, 0, 0)
-        self._remote = remote
+        self.remote = remote
         self._blocks = _Blocks(remote)
 
     def real_path(self) -> str:
@@ -64,13 +64,13 @@ class RemoteFile(File):
             self._blocks.read_into(offset, buffer)
             return
         for at in range(0, length, _STEP):
-            self._remote.read_into(offset + at, buffer[at : at + _STEP])
+            self.remote.read_into(offset + at, buffer[at : at + _STEP])
 
     def sync(self) -> None:
         pass
 
     def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
-        return self._remote.data_ranges(start, self.size if end is None else min(end, self.size))
+        return self.remote.data_ranges(start, self.size if end is None else min(end, self.size))
 
     def stored(self) -> int:
         return sum(end - start for start, end in self.data_ranges())
@@ -80,7 +80,7 @@ class RemoteFile(File):
         return False
 
     def close(self) -> None:
-        self._remote.close()
+        self.remote.close()
 
 
 class _Blocks:

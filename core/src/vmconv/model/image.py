@@ -158,6 +158,14 @@ class Image:
         other.bitmaps, other.losses = bitmaps, losses
         return other
 
+    def holding(self, table: Extents) -> Image:
+        """Returns the whole disk as one layer with this table: `flat`, with payload elsewhere."""
+        other = self._changed(lambda _: table)
+        other._load_parent = other.parent_reference = other.parent_format = other._load_places = None
+        other.dependencies = ()
+        other.__dict__.pop("parent", None)
+        return other
+
     def stating(self, **facts: Any) -> Image:
         """Returns this layer with other facts."""
         if not facts:

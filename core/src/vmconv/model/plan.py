@@ -105,8 +105,8 @@ class Steps:
         return joined.take(np.argsort(joined.offset, kind="stable"))
 
 
-Destination = Literal["files", "source", "stream", "device"]
-"""Where a backend writes: to new files, into the source's own file, into a stream, or to a block device."""
+Destination = Literal["files", "source", "stream", "device", "objects"]
+"""Where a backend writes: new files, the source's own file, a stream, a block device, or objects of a store."""
 
 
 class FilePlan(NamedTuple):

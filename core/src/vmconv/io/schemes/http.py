@@ -109,17 +109,26 @@ class _RetryableError(Exception):
 class HttpObject(Remote):
     """The object at a URL. `sign` adds the headers that authorize a request; they go to no other host.
 
-    Opening it asks for the first block, which tells size and version.
+    Opening it asks for the first block, which tells size and version. `renew` gets new credentials, once per request,
+    if the server says that they do not hold (401). `context` verifies the server, by default as Python does.
     """
 
-    def __init__(self, url: Url, *, place: Place | None = None, sign: Sign | None = None) -> None:
+    def __init__(
+        self,
+        url: Url,
+        *,
+        place: Place | None = None,
+        sign: Sign | None = None,
+        renew: Callable[[], object] | None = None,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         if not url.host:
             raise UsageError(f"{url.shown}: has no host")
         self.shown = url.shown
-        self._sign = sign
+        self._sign, self._renew = sign, renew
         self._credentials = _basic(url)
         self._named = self._at = place or Place.of(url)
-        self._pool = _Pool(url.shown)
+        self._pool = _Pool(url.shown, context)
         self._version: _Version | None = None
         self.size = BLOCK
         try:
@@ -129,6 +138,11 @@ class HttpObject(Remote):
         except BaseException:
             self._pool.close()
             raise
+
+    @property
+    def etag(self) -> str:
+        """The entity tag of the version that was opened, without its quotes; empty if the server states none."""
+        return self._version.etag.strip('"') if self._version else ""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._read(offset, buffer)
@@ -189,6 +203,7 @@ class HttpObject(Remote):
             "User-Agent": "vmconv",
             **(self._version.conditions() if self._version else {}),
         }
+        renew = self._renew
         for _ in range(MAX_REDIRECTS + 1):
             place = self._at
             connection = self._pool.take(place)
@@ -201,7 +216,10 @@ class HttpObject(Remote):
             if answer.status == 206:
                 return connection, answer
             connection.close()
-            if answer.status in _REDIRECTS:
+            if answer.status == 401 and renew:
+                renew()
+                renew = None
+            elif answer.status in _REDIRECTS:
                 self._at = self._redirected(place, answer)
             else:
                 self._refuse(answer, place, offset)
@@ -412,11 +430,11 @@ class _Connection:
 class _Pool:
     """Idle connections; each is used by one thread at a time."""
 
-    def __init__(self, shown: str) -> None:
+    def __init__(self, shown: str, context: ssl.SSLContext | None) -> None:
         self._shown = shown
         self._idle: list[_Connection] = []
         self._lock = threading.Lock()
-        self._context: ssl.SSLContext | None = None
+        self._context = context
         self._closed = False
 
     def take(self, place: Place) -> _Connection:

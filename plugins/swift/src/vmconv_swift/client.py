@@ -1,0 +1,339 @@
+"""Requests to one account of the object store (the Object Storage API v1). The store is not trusted with numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from functools import cache, cached_property
+from hashlib import md5
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vmconv.plugin import AccessError, BackendError, ReadError
+from vmconv_swift.cloud import cloud_of
+from vmconv_swift.names import ObjectName
+
+if TYPE_CHECKING:
+    from vmconv.plugin import Url
+    from vmconv_swift.cloud import Cloud
+
+TRIES = 5
+"""Requests before one that fails on the way is an error."""
+PAUSE = 0.5
+"""Seconds before the first retry; doubled for each further one."""
+SILENCE = 60
+"""Seconds that the store may send nothing."""
+MAX_LISTING = 64 << 20
+"""Bytes of one page of a listing."""
+_PAGE = 10000
+_BUSY = frozenset({408, 429, 498, 500, 502, 503, 504})
+_ETAG = re.compile(r'"?([0-9a-f]{32})"?')
+
+
+class Found(NamedTuple):
+    """An object of the store: ETag in hexadecimal, size in bytes, when it was last changed or touched.
+
+    `large` is True for a static large object. `now` is the store's clock. Both times are seconds since 1970.
+    """
+
+    etag: str
+    size: int
+    large: bool
+    modified: float
+    now: float
+
+
+class Entry(NamedTuple):
+    """A row of a listing."""
+
+    name: str
+    size: int
+    modified: float
+
+
+class Sent(NamedTuple):
+    """Bytes of bodies that were sent."""
+
+    payload: int = 0
+    metadata: int = 0
+
+
+class Client:
+    """Requests to one account; thread-safe. Names in errors are those of `swift://CLOUD/CONTAINER/OBJECT`."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        self.cloud = cloud
+        self.sent = Sent()
+        self._lock = threading.Lock()
+
+    def shown(self, where: ObjectName) -> str:
+        return f"swift://{self.cloud.name}{where.path}"
+
+    # -- objects
+
+    def head(self, where: ObjectName) -> Found | None:
+        """Returns what is known of an object; None if there is none."""
+        answer = self._ask("HEAD", where.quoted, self.shown(where), good=(200, 204, 404))
+        return None if answer.status_code == 404 else self._found(answer, where)
+
+    def read(self, where: ObjectName, limit: int, query: str = "") -> bytes:
+        """Returns the content of an object of at most `limit` bytes, or its manifest."""
+        said = self.shown(where)
+        answer = self._ask("GET", where.quoted + query, said, good=(200,), stream=True)
+        data = bytearray()
+        with answer:
+            try:
+                for piece in answer.iter_content(1 << 20):
+                    data += piece
+                    if len(data) > limit:
+                        raise AccessError(f"{said}: has more than {limit} bytes")
+            except _transport_errors() as exc:
+                raise ReadError(f"{said}: cannot be read: {_short(exc)}") from exc
+        return bytes(data)
+
+    def read_range(self, where: ObjectName, etag: str, offset: int, length: int) -> bytes:
+        """Returns a range of an object. Raises `ReadError` unless it has this ETag."""
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}", "If-Match": f'"{etag}"'}
+        said = self.shown(where)
+        answer = self._ask("GET", where.quoted, said, good=(206,), headers=headers)
+        data = bytes(answer.content)
+        if len(data) != length:
+            raise ReadError(f"{said}: asked for {length} bytes from {offset:#x}, the store sends {len(data)}")
+        return data
+
+    def put(self, where: ObjectName, body: bytes, *, payload: bool = False) -> str:
+        """Makes or replaces an object, and returns its ETag: the MD5 of what was sent, which the store has checked."""
+        etag = md5(body, usedforsecurity=False).hexdigest()
+        answer = self._ask("PUT", where.quoted, self.shown(where), body, {"Etag": etag}, (201,), payload=payload)
+        if (stored := _etag(answer)) != etag:
+            raise BackendError(f"{self.shown(where)}: the store has the MD5 {stored or 'of nothing'}, {etag} was sent")
+        return etag
+
+    def put_manifest(self, where: ObjectName, body: bytes, etag: str, size: int, *, new: bool = False) -> bool:
+        """Makes a static large object; False if `new` and the name is taken.
+
+        Raises `BackendError` unless the object has this ETag and size.
+        """
+        headers = {"Etag": etag, "Content-Type": "application/octet-stream"} | ({"If-None-Match": "*"} if new else {})
+        query = "?multipart-manifest=put"
+        answer = self._ask("PUT", where.quoted + query, self.shown(where), body, headers, (201, 202, 400, 409, 412))
+        if answer.status_code == 412:
+            there = self.head(where)
+            # A try whose answer was lost may have made it.
+            return bool(answer.tries > 1 and there and (there.etag, there.size) == (etag, size))
+        if answer.status_code in (400, 409):
+            raise BackendError(f"{self.shown(where)}: the store refuses the manifest: {_reason(answer)}")
+        there = self.head(where)
+        if there is None or (there.etag, there.size, there.large) != (etag, size, True):
+            found = f"{there.size} bytes with the ETag {there.etag}" if there else "nothing"
+            raise BackendError(f"{self.shown(where)}: the store has {found}, {size} bytes with {etag} were meant")
+        return True
+
+    def touch(self, where: ObjectName) -> bool:
+        """Makes an object as young as a new one; False if there is none."""
+        answer = self._ask("POST", where.quoted, self.shown(where), good=(200, 202, 204, 404))
+        return bool(answer.status_code != 404)
+
+    def delete(self, where: ObjectName) -> bool:
+        """Deletes an object, never the segments of a large one; False if there is none."""
+        answer = self._ask("DELETE", where.quoted, self.shown(where), good=(200, 204, 404))
+        return bool(answer.status_code != 404)
+
+    # -- containers
+
+    def container(self, name: str) -> Mapping[str, str] | None:
+        """Returns the headers of a container; None if there is none."""
+        answer = self._ask("HEAD", _container(name), f"swift://{self.cloud.name}/{name}", good=(200, 204, 404))
+        return None if answer.status_code == 404 else answer.headers
+
+    def make_container(self, name: str, headers: Mapping[str, str]) -> None:
+        self._ask("PUT", _container(name), f"swift://{self.cloud.name}/{name}", b"", headers, (201, 202))
+
+    def listing(self, container: str, prefix: str = "") -> Iterator[Entry]:
+        """Yields the objects of a container whose names begin with `prefix`, sorted by name."""
+        from urllib.parse import urlencode
+
+        marker, said = "", f"swift://{self.cloud.name}/{container}"
+        while True:
+            query = urlencode({"format": "json", "limit": _PAGE, "prefix": prefix, "marker": marker})
+            answer = self._ask("GET", f"{_container(container)}?{query}", said, good=(200, 204))
+            page = [] if answer.status_code == 204 else _rows(answer.content, said)
+            yield from page
+            if not page:
+                return
+            if page[-1].name <= marker:
+                raise ReadError(f"{said}: its listing does not end")
+            marker = page[-1].name
+
+    # -- what the store allows
+
+    @cached_property
+    def most_segments(self) -> int:
+        """Segments of one manifest."""
+        from urllib.parse import urlsplit, urlunsplit
+
+        parts = urlsplit(self.cloud.endpoint)
+        url = urlunsplit((parts.scheme, parts.netloc, "/info", "", ""))
+        answer = self._request("GET", url, f"swift://{self.cloud.name}", b"", {}, (200, 401, 403, 404), payload=False)
+        stated: Any = None
+        if answer.status_code == 200:
+            try:
+                stated = json.loads(answer.content)["slo"]["max_manifest_segments"]
+            except (ValueError, KeyError, TypeError) as exc:
+                said = f"swift://{self.cloud.name}: the store has no static large objects"
+                raise BackendError(said) from exc
+        # A larger manifest would be parsed for each range that is read.
+        return max(2, min(MAX_SEGMENTS, stated)) if isinstance(stated, int) else MAX_SEGMENTS
+
+    # -- requests
+
+    def _found(self, answer: Any, where: ObjectName) -> Found:
+        size, etag = str(answer.headers.get("Content-Length") or ""), _etag(answer)
+        if not re.fullmatch(r"[0-9]{1,18}", size) or not etag:
+            raise ReadError(f"{self.shown(where)}: the store states no size and ETag")
+        large = str(answer.headers.get("X-Static-Large-Object") or "").lower() == "true"
+        return Found(etag, int(size), large, _seconds(answer, "X-Timestamp"), _date(answer))
+
+    def now(self) -> float:
+        """Returns the store's time, seconds since 1970."""
+        return _date(self._ask("HEAD", "", f"swift://{self.cloud.name}", good=(200, 204)))
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        said: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        good: tuple[int, ...] = (200,),
+        *,
+        payload: bool = False,
+        stream: bool = False,
+    ) -> Any:
+        url = self.cloud.endpoint + path
+        return self._request(method, url, said, body, headers or {}, good, payload=payload, stream=stream)
+
+    def _request(
+        self,
+        method: str,
+        url: str,
+        said: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        good: tuple[int, ...],
+        *,
+        payload: bool,
+        stream: bool = False,
+    ) -> Any:
+        """Returns the answer, with the number of `tries`. Raises an error unless its status is one of `good`."""
+        why = ""
+        for tries in range(1, TRIES + 1):
+            if why:
+                time.sleep(PAUSE * 2 ** (tries - 2))
+            if body:
+                with self._lock:
+                    name = "payload" if payload else "metadata"
+                    self.sent = self.sent._replace(**{name: getattr(self.sent, name) + len(body)})
+            try:
+                answer = self.cloud.session.request(
+                    url,
+                    method,
+                    raise_exc=False,
+                    redirect=False,
+                    log=False,
+                    headers={"Accept-Encoding": "identity", **headers},
+                    timeout=SILENCE,
+                    **({"data": body} if method in ("PUT", "POST") else {}),
+                    **({"stream": True} if stream else {}),
+                )
+            except _transport_errors() as exc:
+                why = _short(exc)
+                continue
+            if answer.status_code in good:
+                answer.tries = tries
+                return answer
+            if answer.status_code not in _BUSY:
+                raise AccessError(f"{said}: {_doing(method)}: the store answers {_reason(answer)}")
+            why = f"the store answers {_reason(answer)}"
+        raise (ReadError if method in ("GET", "HEAD") else BackendError)(f"{said}: {_doing(method)}: {why}")
+
+
+MAX_SEGMENTS = 1000
+"""Segments of a manifest that is made: Swift's default limit, and measured to be quicker to read than longer ones."""
+
+_DOING = {"GET": "cannot be read", "HEAD": "cannot be looked at", "DELETE": "cannot be deleted"}
+
+
+def _doing(method: str) -> str:
+    return _DOING.get(method, "cannot be written")
+
+
+def _container(name: str) -> str:
+    from urllib.parse import quote
+
+    return f"/{quote(name)}"
+
+
+@cache
+def _transport_errors() -> tuple[type[Exception], ...]:
+    from keystoneauth1.exceptions import ClientException
+    from requests.exceptions import RequestException
+
+    return ClientException, RequestException
+
+
+def _short(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:300] or type(exc).__name__
+
+
+def _reason(answer: Any) -> str:
+    """Returns status and the beginning of the text of an answer."""
+    text = " ".join(bytes(answer.content[:2000]).decode(errors="replace").split())
+    text = re.sub(r"<[^>]*>", " ", text)
+    return " ".join(f"{answer.status_code} {str(answer.reason)[:80]}: {text[:300]}".split()).rstrip(" :")
+
+
+def _etag(answer: Any) -> str:
+    found = _ETAG.fullmatch(str(answer.headers.get("Etag") or ""))
+    return found[1] if found else ""
+
+
+def _seconds(answer: Any, name: str) -> float:
+    text = str(answer.headers.get(name) or "")
+    return float(text) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text) else _date(answer)
+
+
+def _date(answer: Any) -> float:
+    """Returns the time at which the store answered."""
+    try:
+        return parsedate_to_datetime(str(answer.headers.get("Date"))).timestamp()
+    except (TypeError, ValueError) as exc:
+        raise ReadError("the store states no date") from exc
+
+
+def _rows(content: bytes, said: str) -> list[Entry]:
+    from datetime import UTC, datetime
+
+    if len(content) > MAX_LISTING:
+        raise ReadError(f"{said}: a page of its listing has {len(content)} bytes, at most {MAX_LISTING} are read")
+    try:
+        rows = []
+        for row in json.loads(content):
+            modified = datetime.fromisoformat(row["last_modified"]).replace(tzinfo=UTC).timestamp()
+            rows.append(Entry(str(row["name"]), int(row["bytes"]), modified))
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ReadError(f"{said}: its listing cannot be understood") from exc
+    return rows
+
+
+@cache
+def client_of(cloud: str) -> Client:
+    """Returns the client of a cloud's account, one for the whole process."""
+    return Client(cloud_of(cloud))
+
+
+def client_for(url: Url) -> Client:
+    return client_of(url.host)

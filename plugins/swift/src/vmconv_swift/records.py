@@ -1,0 +1,130 @@
+"""Which publication refers to which objects of vmconv's own container, and what none refers to.
+
+Swift counts no references. So each publication has a record, written before anything that it makes, and again before
+its object appears. A record counts while it is young, or while its object exists with the stated ETag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vmconv.plugin import AccessError, ImageError, in_order
+from vmconv_swift.names import ObjectName, own_container
+
+if TYPE_CHECKING:
+    from vmconv_swift.client import Client
+
+GRACE = 24 * 3600
+"""Seconds for which nothing is removed that is new, so that publications under way keep what they have made."""
+MARK = "X-Container-Meta-Vmconv"
+"""The property of a container that vmconv has made."""
+PREFIX = "records/"
+_MAX_RECORD = 256 << 20
+_VERSION = 1
+
+
+class Record(NamedTuple):
+    """A publication: the object `target` with its ETag (None while it is being made), and the names of what it uses."""
+
+    target: str
+    etag: str | None
+    uses: tuple[str, ...]
+
+    def body(self) -> bytes:
+        return json.dumps({"vmconv": _VERSION, **self._asdict()}, separators=(",", ":")).encode()
+
+
+def record_name(own: str, target: ObjectName, publication: str) -> ObjectName:
+    """Returns the name of the record of a publication."""
+    return ObjectName(own, f"{_of_target(target)}{publication}")
+
+
+def _of_target(target: ObjectName) -> str:
+    return f"{PREFIX}{sha256(target.path.encode()).hexdigest()[:32]}/"
+
+
+def refuse_stranger(client: Client, own: str) -> bool:
+    """Returns whether vmconv's container exists. Raises `AccessError` if something else has made it."""
+    headers = client.container(own)
+    if headers is None:
+        return False
+    if headers.get(MARK) != str(_VERSION):
+        raise AccessError(
+            f"swift://{client.cloud.name}/{own}: exists, and vmconv has not made it",
+            hint="nothing in it is used or removed; publish into another container",
+        )
+    return True
+
+
+def _read(client: Client, own: str, name: str) -> Record:
+    where = ObjectName(own, name)
+    body = client.read(where, _MAX_RECORD)
+    try:
+        values: Any = json.loads(body)
+        version, target, etag, uses = (values[key] for key in ("vmconv", "target", "etag", "uses"))
+        known = isinstance(target, str) and isinstance(uses, list) and all(isinstance(each, str) for each in uses)
+        if version != _VERSION or not known or not isinstance(etag, str | None):
+            raise ValueError(f"version {str(version)[:20]}")
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        # What a record that cannot be read refers to is unknown, so nothing may be removed.
+        raise ImageError(f"{client.shown(where)}: is not a record of a publication: {str(exc)[:100]}") from exc
+    return Record(target, etag, tuple(uses))
+
+
+def records_of(client: Client, target: ObjectName) -> list[tuple[ObjectName, Record]]:
+    """Returns the records of the object that is published as `target`."""
+    own = own_container(target.container)
+    names = [entry.name for entry in client.listing(own, _of_target(target))]
+    return [(ObjectName(own, name), _read(client, own, name)) for name in names]
+
+
+class Unused(NamedTuple):
+    """An object that no publication uses."""
+
+    where: ObjectName
+    size: int
+
+
+def unused(client: Client, container: str, grace: float) -> Iterator[Unused]:
+    """Yields the objects of vmconv's own container that no publication of `container` uses, oldest records last.
+
+    Younger ones than `grace` seconds are left out. Objects that only an unused record names come before the record, so
+    that an interrupted removal loses no knowledge.
+    """
+    own = own_container(container)
+    # Listed before the records are read: an object that a later record names is missing here, or is touched.
+    entries = [entry for entry in client.listing(own) if not entry.name.startswith(PREFIX)]
+    before = client.now() - grace
+    used: set[str] = set()
+    dead: list[Unused] = []
+    names = client.listing(own, PREFIX)
+    for name, size, record, counts in in_order(lambda entry: _looked_at(client, own, entry, before), names):
+        if counts:
+            used.update(record.uses)
+        else:
+            dead.append(Unused(ObjectName(own, name), size))
+    for entry in entries:
+        if entry.name not in used and entry.modified < before:
+            yield Unused(ObjectName(own, entry.name), entry.size)
+    yield from dead
+
+
+def _looked_at(client: Client, own: str, entry: Any, before: float) -> tuple[str, int, Record, bool]:
+    record = _read(client, own, entry.name)
+    counts = entry.modified >= before
+    if not counts and record.etag is not None:
+        container, _, name = record.target.removeprefix("/").partition("/")
+        found = client.head(ObjectName(container, name))
+        counts = found is not None and found.etag == record.etag
+    return entry.name, entry.size, record, counts
+
+
+def remove(client: Client, one: Unused, grace: float) -> bool:
+    """Removes an unused object unless somebody has touched it meanwhile; returns whether it did."""
+    found = client.head(one.where)
+    if found is None or found.modified >= found.now - grace:
+        return False
+    return client.delete(one.where)
