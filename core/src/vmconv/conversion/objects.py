@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class ObjectTarget(NamedTuple):
-    """An object to make: its name for people, its format (default: by the suffix), and its options."""
+    """An object to make: its URL, its format (default: by the suffix), and its options."""
 
-    name: str
+    url: str
     format_name: str | None = None
     options: Mapping[str, Any] = MappingProxyType({})
 
@@ -31,7 +31,7 @@ def _requests(
     return [
         Request(
             source.path,
-            target.name,
+            target.url,
             source_format=source.format_name,
             target_format=target.format_name,
             options=target.options,
@@ -42,6 +42,7 @@ def _requests(
             source_backing_format=source.backing_format,
             from_snapshot=source.from_snapshot,
             secrets=source.secrets,
+            parents=source.parents,
             storage=storage,
         )
         for target in targets

@@ -245,7 +245,8 @@ def _prepared_elsewhere(*requests: Request) -> Iterator[Prepared]:
     for each in requests:
         refuse_elsewhere(each)
     storage = request.storage
-    backend = storage or StreamBackend(-1 if request.descriptor is None else request.descriptor)
+    stream = StreamBackend(-1 if request.descriptor is None else request.descriptor)
+    backend: Backend = storage or stream
     registry = installed()
     with request.opener(registry) as opener, closing(_scratch(None)) as scratch:
         targets = [(each, target_elsewhere(each, registry)._replace(scratch=scratch)) for each in requests]
@@ -265,11 +266,9 @@ def _prepared_elsewhere(*requests: Request) -> Iterator[Prepared]:
         for conversion in conversions:
             _refuse_several_files(conversion)
         plan = merge_plans([conversion.plan for conversion in conversions])
-        begin = (
-            partial(storage.start, opener.files, force=request.force)
-            if storage
-            else partial(backend.send, opener.files)
-        )
+        begin: Callable[[], Transaction] = partial(stream.send, opener.files)
+        if storage:
+            begin = partial(storage.start, opener.files, force=request.force)
         yield Prepared(image, backend, conversions, plan, opener, begin)
 
 

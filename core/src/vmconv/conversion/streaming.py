@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vmconv.conversion.containers import Target, new_name
 from vmconv.conversion.request import Request, options_of
 from vmconv.errors import UsageError
+from vmconv.interface.scheme import parse_url
 
 if TYPE_CHECKING:
     from vmconv.io.registry import Registry
@@ -42,4 +43,4 @@ def _object_target(request: Request, registry: Registry) -> Target:
     if name is None:
         raise UsageError(f"{request.target}: its name has no format's suffix", hint="name the format with -O")
     wanted = registry.writer(name)
-    return Target.of(wanted, options_of(request, wanted, registry), "", os.path.basename(request.target))
+    return Target.of(wanted, options_of(request, wanted, registry), "", parse_url(request.target).name)

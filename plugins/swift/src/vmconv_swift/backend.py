@@ -302,6 +302,8 @@ class Publication(Transaction):
         self._leaves.update(dict.fromkeys(leaves))
 
     def abort(self) -> None:
+        for output in self.outputs:
+            output.close()
         if self._committed:
             return
         for output in self.outputs:
@@ -321,6 +323,7 @@ class SwiftOutput(Output):
         number = len(publication.outputs)
         self.candidate = ObjectName(publication.own, f"candidates/{publication.id}-{number}")
         self.body, self.etag = b"", ""
+        self._file: File | None = None
         self._rows = Rows()
         self._metadata = Packer(partial(publication.keep, "metadata"), self._rows)
         self._payload = Packer(partial(publication.keep, "encoded", payload=True), self._rows)
@@ -363,14 +366,14 @@ class SwiftOutput(Output):
         self.publication.uses[self.candidate.name] = None
         self.publication.client.put_manifest(self.candidate, self.body, self.etag, self.size)
         made = SwiftObject(self.publication.client, self.candidate)
-        file = RemoteFile(self.target.url, made)
-        try:
-            refuse_other_content(self.plan, made, file)
-        except BaseException:
-            file.close()
-            raise
+        self._file = file = RemoteFile(self.target.url, made)
+        refuse_other_content(self.plan, made, file)
         self.publication.used(window.leaf for window in made.windows if window.leaf)
         return file
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
 
     def _tree(self, segments: list[Segment]) -> list[Segment]:
         """Returns the segments of the top manifest; those that are too many for it are in others."""

@@ -5,6 +5,7 @@ openstacksdk reads what OpenStack's own client reads: clouds.yaml, secure.yaml, 
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,20 @@ class Cloud:
     """A session with one cloud; `endpoint` is the URL of its account, without a slash at its end."""
 
     def __init__(self, name: str) -> None:
-        from keystoneauth1.exceptions import ClientException
-        from openstack.config import OpenStackConfig
-        from openstack.exceptions import SDKException
-
         self.name = name
-        try:
-            region = OpenStackConfig().get_one(cloud=None if name == ENVIRONMENT else name)
-            self.session: Any = region.get_session()
-            found = region.get_session_endpoint("object-store")
-        except (ClientException, SDKException) as exc:
-            raise AccessError(f"swift://{name}: {' '.join(str(exc).split())[:300]}") from exc
+        with warnings.catch_warnings():
+            # The library warns of what it does not use here.
+            warnings.simplefilter("ignore")
+            from keystoneauth1.exceptions import ClientException
+            from openstack.config import OpenStackConfig
+            from openstack.exceptions import SDKException
+
+            try:
+                region = OpenStackConfig().get_one(cloud=None if name == ENVIRONMENT else name)
+                self.session: Any = region.get_session()
+                found = region.get_session_endpoint("object-store")
+            except (ClientException, SDKException) as exc:
+                raise AccessError(f"swift://{name}: {' '.join(str(exc).split())[:300]}") from exc
         if not found:
             raise AccessError(f"swift://{name}: the cloud has no object store")
         self.endpoint = _address(name, str(found).rstrip("/"))
