@@ -142,7 +142,7 @@ def test_a_parent_that_no_layer_lacks_is_refused(disk: Path, name: str) -> None:
     copy = Path(shutil.copy(base, disk.parent / f"copy.{name}"))
     for call in (vmconv.info, vmconv.check, vmconv.map_disk):
         with pytest.raises(UsageError, match="no layer takes it as its parent"):
-            call(child, parents=[copy])  # type: ignore[operator]
+            call(child, parents=[copy])
     with pytest.raises(UsageError, match="no layer takes it as its parent"):
         vmconv.convert(child, disk.parent / "new.raw", parents=[copy])
     with pytest.raises(UsageError, match="no layer takes it as its parent"):

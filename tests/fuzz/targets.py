@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from vmconv.testing import ReaderTests
 
 _MEMORY = ("avml", "elfcore", "kdump", "libvirtsave", "lime", "qevm", "vmem", "vmrs")
-_FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed", "ewf", "luks", "qcow", *_MEMORY)
+_DISKS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed", "ewf", "luks", "qcow", "dmg", "cloop", "bochs")
+_FORMATS = (*_DISKS, *_MEMORY)
 _READ = 64 << 10
 _LARGE = 5 << 20
 _WORDS = 2000

@@ -120,6 +120,7 @@ FOREIGN = (
     # -- other images that are no disks as they are
     Foreign("Android sparse image", (".simg",), ((0, b"\x3a\xff\x26\xed"),), "make a raw disk of it first: simg2img"),
     Foreign("Apple disk image", (".sparsebundle",), (), "make a raw disk of it first: hdiutil convert"),
+    Foreign("encrypted Apple disk image", (), ((0, b"encrcdsa"),), "decrypt it first: hdiutil convert, on macOS"),
     Foreign("UBI image", (".ubi",), ((0, b"UBI#"),), "it is for flash memory, not for a disk"),
     Foreign("optical disc image", (".mdf", ".mds", ".nrg", ".cue", ".ccd", ".cdi"), (), "make an ISO image of it"),
     # -- configurations
