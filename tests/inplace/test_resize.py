@@ -16,7 +16,7 @@ from support.disks import MIB, QemuImg, make_disk, qemu_io
 from support.variants import Variant, make, qemu_name, self_contained, title
 from vmconv.cli.main import main
 from vmconv.conversion import pipeline
-from vmconv.errors import AccessError, PlanError, UsageError
+from vmconv.errors import AccessError, BackendError, PlanError, UsageError
 
 Capture = pytest.CaptureFixture[str]
 
@@ -285,3 +285,66 @@ def test_json_names_the_file_as_other_changes_in_place_do(tmp_path: Path, capsys
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert (result["event"], result["path"]) == ("result", str(path))
         assert not {"source", "target", "filename"} & set(result)
+
+
+def blocks(path: Path) -> int:
+    subprocess.run(["sync", path], check=True)
+    return path.stat().st_blocks * 512
+
+
+@pytest.mark.parametrize("size", [6 * MIB, 3 * MIB], ids=["grow", "shrink"])
+def test_a_raw_disk_keeps_the_space_that_it_has_allocated(size: int, any_dir: Path, qemu_img: QemuImg) -> None:
+    """Space without payload is what a preallocated disk was made for; QEMU keeps it, too."""
+    path = any_dir / "disk.raw"
+    qemu_img("create", "-f", "raw", "-o", "preallocation=falloc", path, "4M")
+    qemu_io(path, "write -P 7 0 1M", format_name="raw")
+    inode = path.stat().st_ino
+    vmconv.resize(path, size, shrink=True)
+    assert (path.stat().st_size, path.stat().st_ino) == (size, inode)
+    assert blocks(path) >= min(size, 4 * MIB)
+    assert path.read_bytes() == (b"\7" * MIB).ljust(size, b"\0")
+
+
+@pytest.mark.parametrize("way", ["falloc", "full"])
+def test_the_space_that_a_raw_disk_grows_by_is_allocated(way: str, any_dir: Path, capsys: Capture) -> None:
+    disk = make_disk(any_dir / "disk.raw", 4 * MIB)
+    content = disk.read_bytes()
+    before = blocks(disk)
+    assert main(["resize", f"--preallocation={way}", str(disk), "+2M"]) == 0
+    assert capsys.readouterr().err == ""
+    assert blocks(disk) >= before + 2 * MIB
+    assert disk.read_bytes() == content.ljust(6 * MIB, b"\0")
+
+
+def test_without_space_a_raw_disk_stays_as_it_is(any_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = make_disk(any_dir / "disk.raw", 4 * MIB)
+    before, content, when = blocks(disk), disk.read_bytes(), disk.stat().st_mtime_ns
+    with pytest.raises(BackendError, match="no space can be allocated: No space left"):
+        vmconv.resize(disk, 1 << 43, preallocation="falloc")
+
+    def failing(*_: object, **__: object) -> None:
+        raise PlanError("stopped")
+
+    monkeypatch.setattr("vmconv.conversion.editing.carry_out", failing)
+    with pytest.raises(PlanError, match="stopped"):
+        vmconv.resize(disk, 6 * MIB, preallocation="falloc")
+    assert (blocks(disk), disk.read_bytes(), disk.stat().st_mtime_ns) == (before, content, when)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("disk.qcow2", ["+1M"], "only a raw disk"),
+        ("disk.raw", ["--keep-undo", "+1M"], "only a raw disk"),
+        ("disk.raw", ["--shrink", "2M"], "becomes smaller"),
+    ],
+)
+def test_preallocation_that_cannot_be_is_refused(
+    name: str, arguments: list[str], said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    disk = make_disk(tmp_path / "disk.raw", 4 * MIB)
+    vmconv.convert(disk, tmp_path / "disk.qcow2")
+    before = state(disk)
+    assert main(["resize", "--preallocation=falloc", str(tmp_path / name), *arguments]) in (1, 2)
+    assert said in capsys.readouterr().err
+    assert state(disk) == before

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from vmconv.inspect.comparison import Comparison
     from vmconv.inspect.mapping import MapRow
     from vmconv.inspect.proof import Proof
-    from vmconv.interface.arguments import Cache, OptionValue, StrPath, Verify, ZeroCopy
+    from vmconv.interface.arguments import Cache, OptionValue, Preallocation, StrPath, Verify, ZeroCopy
     from vmconv.interface.backend import Created
     from vmconv.interface.format import CheckReport
     from vmconv.io import locks
@@ -699,12 +699,13 @@ def resize(
     any_owner: bool = False,
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
+    preallocation: Preallocation = "off",
     announce: Callable[[Plan], None] | None = None,
 ) -> Result:
     """Gives the disk in `path` a size of `size` bytes, or with `relative` one that differs by `size`.
 
     Payload stays where it lies, and the image keeps its options and ids. A smaller disk needs `shrink`: what lies
-    behind its end is lost.
+    behind its end is lost. `preallocation` allocates the space that a raw disk grows by.
     """
     given = locals()
     del given["announce"]

@@ -31,6 +31,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shrink", action="store_true", help="allow a smaller disk: what lies behind its new end is lost"
     )
+    parser.add_argument(
+        "--preallocation",
+        choices=("off", "falloc", "full"),
+        default="off",
+        help="of a raw disk that grows: falloc allocates the new space, full writes zeros there, too (default: off)",
+    )
     add_keep_undo(parser, "FILE")
     add_any_owner(parser)
     add_report(parser)
@@ -61,6 +67,7 @@ def _run(options: argparse.Namespace) -> int:
         relative=relative,
         source_format=options.format_f,
         shrink=options.shrink,
+        preallocation=options.preallocation,
         keep_undo=options.keep_undo,
         any_owner=options.any_owner,
         allow_external=options.allow_external,

@@ -28,6 +28,7 @@ from vmconv.model.draft import Draft
 from vmconv.model.extents import Column, Extents
 from vmconv.model.image import Image
 from vmconv.model.layout import Layout, OutFile
+from vmconv.model.plan import Plan
 from vmconv.model.sources import File
 
 Agrees = Callable[[Image], str | None]
@@ -61,7 +62,14 @@ def refuse_corrupt(image: Image, report: CheckReport | None) -> None:
 
 
 def carry_out(
-    image: Image, draft: Draft, opener: Opener, asked: Editing, *, keeps_content: bool, agrees: Agrees
+    image: Image,
+    draft: Draft,
+    opener: Opener,
+    asked: Editing,
+    *,
+    keeps_content: bool,
+    agrees: Agrees,
+    announce: Callable[[Plan], None] | None = None,
 ) -> Edited:
     """Makes the image's file what the draft is. Raises `VerifyError`, and changes nothing, unless the result agrees."""
     refuse_undo_file(image.file)
@@ -73,6 +81,8 @@ def carry_out(
         name = site.claim.carrier.name
         layout = Layout((OutFile(draft.table()),))
         plan = plan_layout(layout, name, site.directory.path, backend.name, survey, destination="source")
+        if announce:
+            announce(plan)
 
         def verify(files: list[File]) -> None:
             made = one.read(files[0], opener)

@@ -1,20 +1,30 @@
-"""Resizing: a conversion in place into the same format, with the image's own options and another size."""
+"""Resizing: a conversion in place into the same format, with the image's own options and another size.
+
+A file that is the disk itself only gets another end: its holes, and its space without payload, stay as they are.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vmconv.conversion import pipeline
+from vmconv.conversion import editing, pipeline
 from vmconv.conversion.refusals import refuse_size
 from vmconv.conversion.request import Request, Result
 from vmconv.conversion.verify import planned_image
-from vmconv.errors import PlanError
+from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.inplace.rules import refuse_undo_file
 from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
+from vmconv.model.draft import Draft
+from vmconv.model.extents import on_storage
+from vmconv.model.sources import stamp_of
+from vmconv.system import linux
 
 if TYPE_CHECKING:
     from vmconv.conversion.pipeline import Prepared
@@ -22,13 +32,17 @@ if TYPE_CHECKING:
     from vmconv.model.image import Image
     from vmconv.model.plan import Plan
 
+_STEP = 1 << 20
+"""Bytes of zeros that are written at once."""
+
 
 def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> Result:
     """Gives a disk another size. Payload stays where it lies; `announce` gets the plan, with what must be copied.
 
     Raises `UsageError` for a size that no disk has. Raises `PlanError` if the disk would become smaller without
-    `shrink`, or the image would lose something without an undo file.
+    `shrink`, or the image would lose something without an undo file, or has no space to allocate.
     """
+    began = time.perf_counter()
     with Opener(
         installed(),
         allow_external=asked.allow_external,
@@ -40,6 +54,14 @@ def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> R
         size = image.size + asked.size if asked.relative else asked.size
         _refuse(image, size, shrink=asked.shrink)
         refuse_undo_file(image.file)
+        # An undo file has the content behind a new end, which only a conversion saves.
+        if _is_disk_itself(image) and not asked.keep_undo:
+            return _with_another_end(asked, image, size, opener, announce, began)
+        if asked.preallocation != "off":
+            raise PlanError(
+                f"{asked.path}: only a raw disk gets its space allocated when it grows, and no undo file",
+                hint="convert -o preallocation=falloc makes a new image with all of its space",
+            )
         request = _request(asked, image, size)
 
     def examine(ready: Prepared) -> None:
@@ -52,6 +74,90 @@ def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> R
             announce(plan)
 
     return pipeline.run(request, announce=planned, examine=examine)[0]
+
+
+def _is_disk_itself(image: Image) -> bool:
+    """True if the file is the disk byte for byte, so that its end is all that changes."""
+    file = image.file
+    return image.size == file.size and not file.is_device and image.guest == on_storage(file).without_holes()
+
+
+def _with_another_end(
+    asked: Resizing,
+    image: Image,
+    size: int,
+    opener: Opener,
+    announce: Callable[[Plan], None] | None,
+    began: float,
+) -> Result:
+    """Gives a file that is the disk itself another size."""
+    plans: list[Plan] = []
+
+    def planned(plan: Plan) -> None:
+        plans.append(plan)
+        if announce:
+            announce(plan)
+
+    draft = Draft(image.file)
+    draft.truncate(size)
+    with _reserved(asked, image, size):
+        editing.carry_out(
+            image,
+            draft,
+            opener,
+            asked.editing,
+            keeps_content=False,
+            agrees=lambda made: None if made.size == size else f"the disk has {made.size} bytes",
+            announce=planned,
+        )
+    (plan,) = plans
+    name, seconds = image.format_name, time.perf_counter() - began
+    return Result(asked.path, asked.path, name, name, plan.backend, plan.totals, (), (), image.warnings, seconds)
+
+
+@contextmanager
+def _reserved(asked: Resizing, image: Image, size: int) -> Iterator[None]:
+    """Allocates the space that a disk grows by, before it grows, and frees it again if it does not."""
+    old, length, written = image.size, size - image.size, image.file.stamp.mtime
+    if asked.preallocation == "off" or not length:
+        yield
+        return
+    if length < 0:
+        raise UsageError(f"{asked.path}: becomes smaller, and needs no preallocation={asked.preallocation}")
+    try:
+        with _writable(asked.path, image) as descriptor, os_errors("no space can be allocated", where=asked.path):
+            linux.allocate(descriptor, old, length)
+        yield
+    except BaseException:
+        with _writable(asked.path, image) as descriptor:
+            status = os.fstat(descriptor)
+            # ext4 punches no holes behind the end. Cutting a file off where it ends frees what lies there.
+            if status.st_size == old:
+                os.ftruncate(descriptor, old)
+                os.utime(descriptor, ns=(status.st_atime_ns, written))
+        raise
+    if asked.preallocation == "full":
+        with _writable(asked.path, image) as descriptor, os_errors("zeros cannot be written", where=asked.path):
+            for at in range(old, size, _STEP):
+                os.pwrite(descriptor, bytes(min(_STEP, size - at)), at)
+            os.fsync(descriptor)
+
+
+@contextmanager
+def _writable(path: str, image: Image) -> Iterator[int]:
+    """Yields a descriptor of the image's file for changes that are none of its content.
+
+    It is closed before the file is claimed, which nobody else may have open then.
+    """
+    with os_errors("cannot be opened for writing", AccessError, where=path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if stamp_of(os.fstat(descriptor))[:2] != image.file.stamp[:2]:
+            raise AccessError(f"{path}: became another file", hint="try again")
+        yield descriptor
+        image.file.stamp = stamp_of(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
 
 
 def _request(asked: Resizing, image: Image, size: int) -> Request:

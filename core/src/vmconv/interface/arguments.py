@@ -37,6 +37,7 @@ else:
 ZeroCopy = Literal["auto", "require"]
 Cache = Literal["writeback", "unsafe"]
 Verify = Literal["metadata", "sample", "bytes", "qemu"]
+Preallocation = Literal["off", "falloc", "full"]
 Existing = Literal["refuse", "skip", "compare"]
 """A target that exists: an error, left as it is, or left as it is if it is the source's disk."""
 """How a result is compared with its source before it appears under its name; see the guide."""
@@ -187,7 +188,10 @@ class RestoreOptions(NamedTuple):
 
 
 class Resizing(NamedTuple):
-    """A disk to resize to `size` bytes, or with `relative` by `size` bytes; `shrink` allows a smaller one."""
+    """A disk to resize to `size` bytes, or with `relative` by `size` bytes; `shrink` allows a smaller one.
+
+    `preallocation` allocates the space that a raw disk grows by, and "full" writes zeros there, too.
+    """
 
     path: FilePath
     size: int
@@ -198,6 +202,11 @@ class Resizing(NamedTuple):
     any_owner: bool = False
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
+    preallocation: Preallocation = "off"
+
+    @property
+    def editing(self) -> Editing:
+        return Editing(self.path, self.source_format, self.keep_undo, self.allow_external)
 
 
 class Measuring(NamedTuple):

@@ -70,7 +70,7 @@ def release(file: File) -> None:
             _set(file.descriptor, fcntl.F_UNLCK, byte)
 
 
-_IN_PLACE = "close it there; a file converted in place must not be in use"
+_IN_PLACE = "close it there; a file that is changed in place must not be in use"
 
 
 def refuse_users(file: File, hint: str = _IN_PLACE) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from vmconv.cli.qemu_img.arguments import SECTOR, Given, plain_file, plain_name, size_of
 from vmconv.cli.qemu_img.handing import NotAnsweredError
 from vmconv.cli.qemu_img.images import ANYWHERE, format_of, only_sharing, print_end
+
+if TYPE_CHECKING:
+    from vmconv.interface.arguments import Preallocation
 
 
 def resize(asked: Given) -> int:
@@ -15,8 +18,9 @@ def resize(asked: Given) -> int:
 
     if len(asked.names) != 2:
         raise NotAnsweredError(f"{len(asked.names)} names")
-    if asked.last("--preallocation") not in (None, "off"):
-        raise NotAnsweredError("--preallocation")
+    preallocation = asked.last("--preallocation") or "off"
+    if preallocation not in ("off", "falloc", "full"):
+        raise NotAnsweredError(f"--preallocation={preallocation}")
     path, wanted = plain_file(asked.names[0]), asked.names[1]
     sign = wanted[:1] if wanted[:1] in ("+", "-") else ""
     size = size_of(wanted.removeprefix(sign))
@@ -28,6 +32,7 @@ def resize(asked: Given) -> int:
         relative=bool(sign),
         source_format=format_of(path, asked.format("-f"), written=True),
         shrink=asked.has("--shrink"),
+        preallocation=cast("Preallocation", preallocation),
         allow_external=ANYWHERE,
         announce=only_sharing,
     )
