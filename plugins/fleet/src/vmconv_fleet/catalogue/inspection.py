@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -109,13 +110,18 @@ class _Parts:
         payload.
         """
         waiting, parts, payloads = dict(self._claims), set[str](), dict[str, str]()
+        claimed = Counter(path for claim in waiting.values() for path in claim.payloads)
+        # Each file once: a tenant may have written ten thousand that claim each the next one.
+        free, freed = [path for path in waiting if not claimed[path]], list[str]()
         while waiting:
-            claimed = {path for claim in waiting.values() for path in claim.payloads}
-            for path in waiting.keys() - claimed or set(waiting):
+            for path in free or list(waiting):
                 claim = waiting.pop(path)
-                if path not in payloads or path in claimed:
+                if path not in payloads or not free:
                     parts |= claim.parts
                     payloads |= dict.fromkeys(claim.payloads, claim.name)
+                claimed.subtract(claim.payloads)
+                freed += [one for one in claim.payloads if one in waiting and not claimed[one]]
+            free, freed = freed, []
         return parts, payloads
 
 
