@@ -71,9 +71,10 @@ def served(
         for one in listening:
             stack.enter_context(one)
         tls = {"ssl_keyfile": key, "ssl_certfile": certificate}
-        stack.enter_context(_running([Site(as_local(app), listening[0], {}), Site(app, listening[1], tls)]))
+        # After the servers, as the daemon does.
         stack.callback(local.close)
         stack.callback(remote.close)
+        stack.enter_context(_running([Site(as_local(app), listening[0], {}), Site(app, listening[1], tls)]))
         yield Served(node, app, stack.enter_context(NodeClient(str(node.directory))), url, certificate, remote)
 
 

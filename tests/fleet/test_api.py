@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from fleet.in_memory import Node, nodes
 from fleet.plain import PlainSigner, certificate, key_revocation, retirement, retirement_named
 from fleet.serving import Served, served
 from vmconv.errors import AccessError, UsageError, VmconvError
-from vmconv_fleet.api import access, exporting, sessions
+from vmconv_fleet.api import access, changing, exporting, sessions
 from vmconv_fleet.api.app import MAX_BODY
 from vmconv_fleet.cli.client import NodeClient, UnreachableError, _lines
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, decode, encode, seal
+from vmconv_fleet.replication.requests import Outcome
 from vmconv_fleet.testing import PATIENCE, wait_until
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import VERBS
@@ -396,6 +398,67 @@ def test_unsound_records_of_another_node_are_tolerated(api: Served, pair: Sequen
     assert api.local.everything("/api/v1/jobs") == []
     assert len(api.local.get("/api/v1/nodes")["items"]) == 2
     assert api.local.everything("/api/v1/records/future-kind")[0]["body"] == {"anything": [1, 2]}
+
+
+def test_a_policy_that_is_none_is_no_failure_of_this_node(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    other.write(Change("policy", "conversion", {"max_parallel": "many"}))
+    one.body_when(other.id, "policy", "conversion", lambda _record: True)
+    with pytest.raises(AccessError, match="is not valid"):
+        api.local.call("POST", f"/api/v1/nodes/{other.id}/scan", {})
+
+
+@pytest.mark.parametrize(("verb", "wish"), [("retire", {}), ("revoke", {}), ("revoke", {"key_id": "stolen"})])
+def test_a_member_that_only_says_to_hold_the_authority_is_not_believed(
+    api: Served, pair: Sequence[Node], verb: str, wish: dict[str, str]
+) -> None:
+    one, other = pair
+    third = "f" * 32
+    other.write(certificate(third, "stolen"), Change("policy", "conversion", {"administrators_of": [one.id]}))
+    one.body_when(other.id, "policy", "conversion", lambda _record: True)
+    changes: list[Change] = []
+    handlers = {verb: lambda _context, _request: Outcome(changes)}
+    other.service._requests._handlers = handlers
+
+    def ask() -> Any:
+        path = f"/api/v1/nodes/{third}/{verb}?wait=300"
+        return api.local.call("POST", path, {"authority": other.id, **wish}).content
+
+    refused = ask()
+    assert not refused["ok"]
+    assert refused["reason"].endswith("does not hold the fleet's authority")
+    changes.append(retirement(third) if verb == "retire" else key_revocation(third, "stolen"))
+    assert ask()["ok"]
+
+
+def test_a_call_that_waits_when_the_node_ends_is_told_so(
+    pair: Sequence[Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = pair
+    other.wire.disconnect()
+    said: list[str] = []
+
+    def wait(client: NodeClient) -> None:
+        try:
+            client.call("POST", f"/api/v1/nodes/{other.id}/scan?wait=300", {})
+        except VmconvError as exc:
+            said.append(str(exc))
+
+    with served(one) as api, NodeClient(str(one.directory)) as client:
+        thread = threading.Thread(target=wait, args=(client,), daemon=True)
+        thread.start()
+        wait_until(lambda: one.service.view().find("request", one.id), PATIENCE, "the request is made")
+        assert api.url
+    thread.join(PATIENCE)
+    assert said == ["this node ends, and has no answer yet"]
+    assert "Exception in ASGI application" not in caplog.text
+
+
+def test_a_change_that_is_not_made_in_time_is_no_failure(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changing, "_RESUMES_WITHIN", 0.0)
+    monkeypatch.setattr(api.node.service, "merge", lambda *_by: Future())
+    with pytest.raises(VmconvError, match="did not do it in time"):
+        api.local.call("POST", "/api/v1/resume", {"merge": True})
 
 
 def test_a_retired_node_is_asked_for_nothing(api: Served, pair: Sequence[Node]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -341,6 +342,24 @@ def test_an_invitation_is_good_once(lab: Lab, invite: Callable[[], Invitation], 
     joined(lab, invitation, tmp_path / "first")
     with pytest.raises(JoinError, match="used before"):
         joined(lab, invitation, tmp_path / "second")
+
+
+def test_a_stranger_without_a_token_costs_no_signature(
+    invite: Callable[[], Invitation], members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of all members are read for each certificate, and anybody may ask as often as they like."""
+    invitation, read = invite(), list[str]()
+    monkeypatch.setattr(members, "names", lambda: read.append("") or {})
+    with pytest.raises(JoinError, match="unknown or was used"):
+        joining.join(invitation._replace(token="guessed"), csr(Keys.generate(), new_node_id()))
+    assert read == []
+
+
+def test_expired_tokens_are_not_kept(authority: Authority, lab: Lab) -> None:
+    authority.make_token(60, now=1000.0)
+    authority.make_token(60, now=2000.0)
+    kept = json.loads(Path(lab.nodes[0].directory, "authority", "tokens.json").read_text())
+    assert list(kept.values()) == [2060.0]
 
 
 def test_a_used_node_id_is_refused_and_the_token_stays_valid(

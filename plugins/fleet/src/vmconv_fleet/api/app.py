@@ -74,6 +74,7 @@ def create_app(service: NodeService, *, directory: str, link: Link | None = None
     for kind, status in _STATUS:
         app.add_exception_handler(kind, _answers(status))
     app.add_exception_handler(VmconvError, _answers(500))
+    app.add_exception_handler(TimeoutError, _late)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_middleware(Guard)
@@ -94,6 +95,12 @@ async def _invalid(_request: Request, exc: Exception) -> Response:
     first = exc.errors()[0]
     # The first part of the place is `body` or `query`: the name of the field says enough.
     return JSONResponse({"error": complaint([{**first, "loc": first["loc"][1:]}]), "hint": None}, 422)
+
+
+async def _late(_request: Request, _exc: Exception) -> Response:
+    """Answers that the replica's thread did not: its disk is slow, or full."""
+    said = {"error": "this node did not do it in time", "hint": "it may do it yet: look before you try again"}
+    return JSONResponse(said, 503)
 
 
 async def _gone(_request: Request, _exc: Exception) -> Response:

@@ -240,15 +240,29 @@ async def remove_group(owner: str, identifier: str, state: StateOf, caller: Know
 @router.post("/nodes/{node}/revoke", responses=_ANSWERS, summary="Revoke the keys of a node, by the fleet's authority")
 async def revoke(node: str, wish: RevokeWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     arguments = {"node": _node(state, node)} | wish.model_dump(exclude_none=True, include={"key_id"})
-    authority = _authority(state, wish.authority)
-    return (await ask(state, caller, authority, "revoke", arguments, wait=wait)).as_response()
+    answer = await ask(state, caller, _authority(state, wish.authority), "revoke", arguments, wait=wait)
+    keys = [one for one in state.service.certified_keys() if one.node == arguments["node"]]
+    done = all(one.is_revoked for one in keys if wish.key_id in (None, one.key_id))
+    return _confirmed(state, answer, done=done).as_response()
 
 
 @router.post("/nodes/{node}/retire", responses=_ANSWERS, summary="Remove a node from the fleet permanently")
 async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     arguments = {"node": _node(state, node), "reason": wish.reason}
-    authority = _authority(state, wish.authority)
-    return (await ask(state, caller, authority, "retire", arguments, wait=wait)).as_response()
+    answer = await ask(state, caller, _authority(state, wish.authority), "retire", arguments, wait=wait)
+    return _confirmed(state, answer, done=arguments["node"] in state.service.retirements()).as_response()
+
+
+def _confirmed(state: State, answer: Answer, *, done: bool) -> Answer:
+    """Returns the answer of a node that says to hold the authority, or a refusal if it has not done what it says.
+
+    The authority's signature comes in the transaction of the answer. Any member may say that it holds the authority.
+    """
+    if not answer.ok or done:
+        return answer
+    name = state.snapshot().name(answer.target)
+    reason = f"{name} says that it is done, and has not signed it: {name} does not hold the fleet's authority"
+    return answer.model_copy(update={"ok": False, "state": "refused", "reason": reason})
 
 
 @router.post("/resume", summary="Let this restored or forked node write again; local administrator only")

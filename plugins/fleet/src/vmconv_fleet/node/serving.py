@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -16,6 +17,8 @@ from vmconv_fleet.limiter import Connection, LimitedSocket, Limiter
 
 GRACE_S = 2
 """Time for open requests to end when the servers stop."""
+ANSWER_S = 1.0
+"""Time for the answers to those that have not."""
 BACKLOG = 128
 """Connections that wait to be accepted; as many are accepted at a time before others are served."""
 _SWEEP_S = 1.0
@@ -56,6 +59,9 @@ async def serve(
     sweeping = asyncio.create_task(_sweep({one.limiter for one in listening}, works))
     try:
         await asyncio.gather(*(server.serve(sockets=[one]) for server, one in zip(servers, listening, strict=True)))
+        if cancelled := [task for server in servers for task in server.server_state.tasks]:
+            # They answer that the node ends.
+            await asyncio.wait(cancelled, timeout=ANSWER_S)
     finally:
         sweeping.cancel()
 
@@ -87,7 +93,16 @@ class _Protocol(H11Protocol):
 
 async def _busy(_scope: Scope, _receive: Receive, send: Send) -> None:
     """Answers that too many requests are being answered."""
-    body = b'{"error": "this node answers as many requests as it may at a time", "hint": "try again in a moment"}'
+    await _not_now("this node answers as many requests as it may at a time", "try again in a moment", send)
+
+
+async def _ending(send: Send) -> None:
+    """Answers that the servers stop."""
+    await _not_now("this node ends, and has no answer yet", "a request that was sent on is executed all the same", send)
+
+
+async def _not_now(error: str, hint: str, send: Send) -> None:
+    body = json.dumps({"error": error, "hint": hint}).encode()
     headers = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (b"connection", b"close")]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": 503, "headers": headers})
@@ -102,7 +117,7 @@ def _tracked(app: Any, connection: Connection) -> ASGIApp:
     """Returns the application for one connection: notes its requests, their bodies, and whether the caller is known."""
 
     async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
-        is_complete = False
+        is_complete = is_begun = False
 
         async def noted() -> Message:
             nonlocal is_complete
@@ -117,12 +132,19 @@ def _tracked(app: Any, connection: Connection) -> ASGIApp:
         async def known(message: Message) -> None:
             if CALLER in scope:
                 connection.known = True
+            nonlocal is_begun
+            is_begun = True
             if message["type"] == "http.response.start" and _is_stream(message):
                 connection.stream()
             await send(message)
 
         try:
             await (app if connection.begin() else _busy)(scope, noted, known)
+        except asyncio.CancelledError:
+            # uvicorn does so to what has not ended GRACE_S after the request to stop, and would answer 500.
+            if is_begun:
+                raise
+            await _ending(send)
         finally:
             connection.end()
 

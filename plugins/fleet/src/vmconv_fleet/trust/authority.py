@@ -241,8 +241,11 @@ class Authority:
     def make_token(self, lifetime: float = TOKEN_LIFETIME, *, now: float | None = None) -> str:
         """Returns a new token that admits one node; only its hash is kept."""
         token = secrets.token_urlsafe(24)
+        now = time.time() if now is None else now
         with self._tokens() as tokens:
-            tokens[_hashed(token)] = (time.time() if now is None else now) + lifetime
+            for expired in [one for one, expires in tokens.items() if expires < now]:
+                del tokens[expired]
+            tokens[_hashed(token)] = now + lifetime
         return token
 
     def invite(self, config: NodeConfig, *, lifetime: float = TOKEN_LIFETIME, host: str | None = None) -> Invitation:
@@ -257,6 +260,13 @@ class Authority:
         """Uses up a token. Raises AuthorityError if it is unknown, used, or expired."""
         with self._tokens() as tokens:
             expires = tokens.pop(_hashed(token), None)
+        self._refuse_expired(expires, now)
+
+    def refuse_unknown(self, token: str, *, now: float | None = None) -> None:
+        """Raises AuthorityError as `redeem` would. It costs little: strangers may ask as often as they like."""
+        self._refuse_expired(self._read_tokens().get(_hashed(token)), now)
+
+    def _refuse_expired(self, expires: float | None, now: float | None) -> None:
         if expires is None:
             raise AuthorityError("the token is unknown or was used before", hint="each invitation admits one node")
         if expires < (time.time() if now is None else now):
@@ -265,15 +275,25 @@ class Authority:
     @contextmanager
     def _tokens(self) -> Iterator[dict[str, float]]:
         """Locks the unused tokens and stores those that the block keeps."""
-        path = os.path.join(self._directory, "authority", "tokens.json")
-        with open(path + ".lock", "w") as lock:
+        with open(self._tokens_path + ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            tokens: dict[str, float] = {}
-            if os.path.exists(path):
-                with open(path, encoding="utf-8") as file:
-                    tokens = json.load(file)
+            tokens = self._read_tokens()
+            before = dict(tokens)
             yield tokens
-            write_private(path, json.dumps(tokens).encode())
+            if tokens != before:
+                write_private(self._tokens_path, json.dumps(tokens).encode())
+
+    @property
+    def _tokens_path(self) -> str:
+        return os.path.join(self._directory, "authority", "tokens.json")
+
+    def _read_tokens(self) -> dict[str, float]:
+        try:
+            with open(self._tokens_path, encoding="utf-8") as file:
+                tokens: dict[str, float] = json.load(file)
+        except FileNotFoundError:
+            return {}
+        return tokens
 
 
 def _now_ms() -> int:

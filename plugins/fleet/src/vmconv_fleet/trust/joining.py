@@ -191,6 +191,8 @@ class JoinService:
         return self.authority.issue(request, node=node, taken=taken, drops=drops, name=name)
 
     def _join(self, asked: dict[str, Any], token: str) -> dict[str, Any]:
+        # To sign a certificate takes long, and strangers may ask.
+        self.authority.refuse_unknown(token)
         # The request is checked first, so that a refused one does not use up the token.
         certificate = self._issue(asked)
         node = binding(read_certificate(certificate), [self.authority.certificate]).node

@@ -131,16 +131,28 @@ def _act(verb: str, places: Sequence[str], rights: Rights) -> str:
     return f"{verb} in {' and '.join(dict.fromkeys(places))}" if places and rights.datastores else verb
 
 
+def _accepted(policy: Record) -> list[str] | None:
+    """Returns the nodes whose administrators a policy accepts. Raises AccessError if it is no policy: any node's may be
+    asked for.
+    """
+    from pydantic import ValidationError
+
+    from vmconv_fleet.catalogue.kinds import PolicyBody
+
+    try:
+        return PolicyBody.model_validate(policy.body).administrators_of
+    except ValidationError as exc:
+        raise AccessError(f"the policy of {policy.owner} is not valid") from exc
+
+
 def _refuse_strangers(verb: str, target: str, by: Principal, records: Records, *, governs: bool) -> None:
     """Raises AccessError if the target's policy does not accept the administrators of the caller's nodes.
 
     These are the node that issued the token, wherever its holder connects, and the node that sends the request: it
     alone has seen the token.
     """
-    from vmconv_fleet.catalogue.kinds import PolicyBody
-
     record = records.get(target, "policy", "conversion")
-    heard = PolicyBody.model_validate(record.body).administrators_of if record else None
+    heard = _accepted(record) if record else None
     if heard is None and not governs:
         return
     vouching = {by.node, by.token.partition("/")[0] if by.token else by.node}
