@@ -71,15 +71,14 @@ def served(
         for one in listening:
             stack.enter_context(one)
         tls = {"ssl_keyfile": key, "ssl_certfile": certificate}
-        # After the servers, as the daemon does.
+        stack.enter_context(running([Site(as_local(app), listening[0], {}), Site(app, listening[1], tls)]))
         stack.callback(local.close)
         stack.callback(remote.close)
-        stack.enter_context(_running([Site(as_local(app), listening[0], {}), Site(app, listening[1], tls)]))
         yield Served(node, app, stack.enter_context(NodeClient(str(node.directory))), url, certificate, remote)
 
 
 @contextmanager
-def _running(sites: Sequence[Site]) -> Iterator[None]:
+def running(sites: Sequence[Site]) -> Iterator[None]:
     """Serves while the block runs. Connections made before the servers run wait for them."""
     servers = [site.server() for site in sites]
     thread = threading.Thread(

@@ -21,11 +21,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fleet.in_memory import Node, nodes
 from fleet.plain import PlainSigner, certificate, key_revocation, retirement, retirement_named
-from fleet.serving import Served, served
+from fleet.serving import Served, running, served
 from vmconv.errors import AccessError, UsageError, VmconvError
-from vmconv_fleet.api import access, changing, exporting, sessions
+from vmconv_fleet.api import access, as_local, changing, create_app, exporting, sessions
 from vmconv_fleet.api.app import MAX_BODY
 from vmconv_fleet.cli.client import NodeClient, UnreachableError, _lines
+from vmconv_fleet.limiter import Limiter
+from vmconv_fleet.node.activation import LOCAL_LIMITS
+from vmconv_fleet.node.serving import Site
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, decode, encode, seal
 from vmconv_fleet.replication.requests import Outcome
@@ -444,12 +447,17 @@ def test_a_call_that_waits_when_the_node_ends_is_told_so(
         except VmconvError as exc:
             said.append(str(exc))
 
-    with served(one) as api, NodeClient(str(one.directory)) as client:
-        thread = threading.Thread(target=wait, args=(client,), daemon=True)
-        thread.start()
-        wait_until(lambda: one.service.view().find("request", one.id), PATIENCE, "the request is made")
-        assert api.url
-    thread.join(PATIENCE)
+    unix, limiter = socket.socket(socket.AF_UNIX), Limiter("local", LOCAL_LIMITS)
+    unix.bind(str(one.directory / "api.sock"))
+    unix.listen()
+    app = as_local(create_app(one.service, directory=str(one.directory)))
+    with limiter.listen(unix) as listening, NodeClient(str(one.directory)) as client:
+        with running([Site(app, listening, {})]):
+            thread = threading.Thread(target=wait, args=(client,), daemon=True)
+            thread.start()
+            wait_until(lambda: one.service.view().find("request", one.id), PATIENCE, "the request is made")
+        thread.join(PATIENCE)
+    limiter.close()
     assert said == ["this node ends, and has no answer yet"]
     assert "Exception in ASGI application" not in caplog.text
 

@@ -20,10 +20,12 @@ from fleet.serving import served
 from vmconv.errors import VmconvError
 from vmconv_fleet import limiter
 from vmconv_fleet.api import asking
+from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.config import ConfigError, NodeConfig, load, save, split_address
 from vmconv_fleet.limiter import LimitedSocket, Limiter, Limits, address_key, connection_of
+from vmconv_fleet.node import serving
 from vmconv_fleet.node.activation import limits_of
-from vmconv_fleet.replication.records import Record
+from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.service import NodeService
 from vmconv_fleet.testing import PATIENCE, Lab, free_port, wait_until
 from vmconv_fleet.trust import joining
@@ -141,6 +143,57 @@ def test_more_requests_than_places_are_told_to_try_again(node: Node) -> None:
             go.set()
             thread.join(PATIENCE)
         assert other.get("/api/v1/fleet")["node"] == node.id
+
+
+def test_one_caller_does_not_take_all_requests(node: Node) -> None:
+    with served(node, ONE._replace(requests=8)) as api:
+        greedy, other = api.token("admin")["token"], api.client("viewer")
+        clients = [NodeClient(api.url, ca=api.ca, token=greedy) for _ in range(4)]
+        answers: list[str] = []
+
+        def ask(client: NodeClient) -> None:
+            try:
+                client.call("POST", "/api/v1/nodes/n01/scan", {})
+                answers.append("done")
+            except VmconvError as exc:
+                answers.append(str(exc))
+
+        with gate_of(node) as (arrived, go):
+            threads = [threading.Thread(target=ask, args=(one,), daemon=True) for one in clients]
+            for thread in threads:
+                thread.start()
+            assert arrived.wait(PATIENCE)
+            wait_until(lambda: len(answers) == 2, PATIENCE, "two are refused")
+            assert other.get("/api/v1/fleet")["node"] == node.id
+            go.set()
+            for thread in threads:
+                thread.join(PATIENCE)
+    assert sorted(text.partition(" ")[0] for text in answers) == ["done", "done", "you", "you"]
+
+
+def test_one_caller_does_not_take_all_streams(node: Node) -> None:
+    with served(node, FEW) as api:
+        token = api.token("viewer")["token"]
+        streams = [NodeClient(api.url, ca=api.ca, token=token).lines("/api/v1/events") for _ in range(4)]
+        assert [next(one) for one in streams[:3]] == ["event: here"] * 3
+        with pytest.raises(VmconvError, match="as many requests at this node"):
+            next(streams[3])
+        assert next(api.client("viewer").lines("/api/v1/events")) == "event: here"
+
+
+def test_an_answer_that_nobody_reads_ends(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "READ_S", 0.2)
+    node.write(*(Change("thing", f"t{number}", {"text": "x" * 100_000}) for number in range(100)))
+    with served(node, FEW) as api:
+        token = api.token("viewer")["token"]
+        address = split_address(api.url.removeprefix("https://"))
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.connect(address)
+        with ssl.create_default_context(cafile=api.ca).wrap_socket(plain, server_hostname="127.0.0.1") as reader:
+            head = f"GET /api/v1/records/thing?limit=1000 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
+            reader.sendall(head.encode())
+            wait_until(lambda: not any(one.known for one in api.limiter._placed), PATIENCE, "its place is free")
 
 
 @contextmanager

@@ -20,6 +20,9 @@ from typing import Any, NamedTuple, Self, cast
 DESCRIPTORS = 1 << 16
 """The limit of descriptors that a node asks for. The usual one, 1024, is for programs that call select(2)."""
 
+SHARE = 4
+"""The part of the requests and of the streams that one caller may have: so nobody's token keeps all others out."""
+
 RECENT = 60.0
 """Seconds for which lost places count as a problem."""
 
@@ -32,7 +35,8 @@ class Limits(NamedTuple):
 
     `total` connections at a time, `address` of them from one IPv4 address or IPv6 network of 64 bits. A stranger has
     `seconds` for the TLS handshake, the head, the body and reading the answer. A known caller has as long for the next
-    head, and for a body. No more than `requests` are answered at a time, streams of events not counted.
+    head, and for a body. No more than `requests` are answered at a time, streams of events not counted. One caller has
+    a quarter of them at most, and streams on a quarter of the connections.
     """
 
     total: int
@@ -57,6 +61,8 @@ class Connection:
         # Only the node's own administrator can open its Unix socket.
         self.known = accepted.family == socket.AF_UNIX
         self.since = time.monotonic()
+        self.holder = ""
+        self.is_stream = False
         self._limiter = limiter
         self._socket: socket.socket | None = accepted
         self._requests = 0
@@ -68,8 +74,14 @@ class Connection:
         self.since = time.monotonic()
         return self._limiter.ask(self)
 
+    def hold(self, holder: str) -> bool:
+        """Notes who the caller is; returns whether one caller may have this request besides its others."""
+        self.holder = holder
+        return self._limiter.share(self)
+
     def stream(self) -> None:
         """Notes that the request has become a stream of events, which are limited elsewhere."""
+        self.is_stream = True
         self._limiter.answered(self)
 
     def reading(self, reading: bool) -> None:
@@ -79,7 +91,7 @@ class Connection:
     def end(self) -> None:
         """Notes that a request was answered."""
         self._requests -= 1
-        self._reading = False
+        self._reading = self.is_stream = False
         self.since = time.monotonic()
         self._limiter.answered(self)
 
@@ -208,6 +220,20 @@ class Limiter:
                 self._lose("displaced")
                 self._disconnect(oldest)
             self._asking.add(connection)
+            return True
+
+    def share(self, connection: Connection) -> bool:
+        """Returns whether the caller of a request has no more than its share of requests and streams with it."""
+        with self._lock:
+            if connection not in self._asking:
+                return True
+            holder = connection.holder
+            requests = sum(one.holder == holder for one in self._asking)
+            streams = sum(one.is_stream and one.holder == holder for one in self._placed)
+            most = max(1, self.limits.requests // SHARE), max(1, self.limits.total // SHARE)
+            if requests > most[0] or streams >= most[1]:
+                self.counters["busy"] += 1
+                return False
             return True
 
     def answered(self, connection: Connection) -> None:

@@ -12,6 +12,8 @@ from vmconv.plugin import AccessError
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.kinds import Principal, TokenBody
 from vmconv_fleet.catalogue.terms import Role
+from vmconv_fleet.errors import NotReadyError
+from vmconv_fleet.limiter import Connection
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.rights import Rights, allows
 from vmconv_fleet.trust.roles import rights_of, rights_of_token, token_in
@@ -19,6 +21,8 @@ from vmconv_fleet.trust.roles import rights_of, rights_of_token, token_in
 _LOCAL = "vmconv.local"
 CALLER = "vmconv.caller"
 """The name in a request's scope of its authenticated caller."""
+CONNECTION = "vmconv.connection"
+"""The name in a request's scope of the limiter's connection."""
 _USER = re.compile(r"[^\w.@-]+")
 COOKIE = "__Host-vmconv"
 
@@ -106,11 +110,22 @@ def refuse_if_over(caller: Caller, state: State, needed: Role = "viewer") -> Non
 
 
 def noted(request: Request, caller: Caller) -> Caller:
-    """Notes the caller for the log; returns it with the address that it connects from."""
+    """Notes the caller for the log; returns it with the address that it connects from.
+
+    Raises NotReadyError if the caller has as many requests as one may have at a time.
+    """
     request.scope[CALLER] = caller.by.user
     if caller.is_local or request.client is None:
         return caller
+    connection: Connection | None = request.scope.get(CONNECTION)
+    if connection is not None and not connection.hold(holder_of(caller.by)):
+        raise NotReadyError("you have as many requests at this node as one may have at a time", hint="try again")
     return caller._replace(by=caller.by.model_copy(update={"address": request.client.host}))
+
+
+def holder_of(by: Principal) -> str:
+    """Returns the same text for all sessions and tokens of a person who has signed in, else for one token."""
+    return f"{by.issuer} {by.subject}" if by.subject else str(by.token)
 
 
 def _caller(request: Request, state: StateOf) -> Caller:

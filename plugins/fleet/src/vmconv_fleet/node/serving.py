@@ -12,13 +12,15 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vmconv_fleet.api.access import CALLER
+from vmconv_fleet.api.access import CALLER, CONNECTION
 from vmconv_fleet.limiter import Connection, LimitedSocket, Limiter
 
 GRACE_S = 2
 """Time for open requests to end when the servers stop."""
 ANSWER_S = 1.0
 """Time for the answers to those that have not."""
+READ_S = 60.0
+"""Time for a caller to read a part of an answer."""
 BACKLOG = 128
 """Connections that wait to be accepted; as many are accepted at a time before others are served."""
 _SWEEP_S = 1.0
@@ -118,6 +120,7 @@ def _tracked(app: Any, connection: Connection) -> ASGIApp:
 
     async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
         is_complete = is_begun = False
+        scope[CONNECTION] = connection
 
         async def noted() -> Message:
             nonlocal is_complete
@@ -136,7 +139,12 @@ def _tracked(app: Any, connection: Connection) -> ASGIApp:
             is_begun = True
             if message["type"] == "http.response.start" and _is_stream(message):
                 connection.stream()
-            await send(message)
+            try:
+                async with asyncio.timeout(READ_S):
+                    await send(message)
+            except TimeoutError:
+                # The caller does not read. What is sent from now on is dropped.
+                connection.disconnect()
 
         try:
             await (app if connection.begin() else _busy)(scope, noted, known)
