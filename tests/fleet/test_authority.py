@@ -349,7 +349,12 @@ def test_a_stranger_without_a_token_costs_no_signature(
 ) -> None:
     """The names of all members are read for each certificate, and anybody may ask as often as they like."""
     invitation, read = invite(), list[str]()
-    monkeypatch.setattr(members, "names", lambda: read.append("") or {})
+
+    def names() -> Mapping[str, set[str]]:
+        read.append("names")
+        return {}
+
+    monkeypatch.setattr(members, "names", names)
     with pytest.raises(JoinError, match="unknown or was used"):
         joining.join(invitation._replace(token="guessed"), csr(Keys.generate(), new_node_id()))
     assert read == []

@@ -682,7 +682,7 @@ def test_variants_of_a_revocation_that_an_earlier_version_kept_are_dropped() -> 
     one.write(*retirement(node_id(7)))
     fleet.flow(100)
     kept = other.replica.store.notices()
-    record = one.write("revocation", "variant", {**retirement(node_id(7)).body, "n": 1})
+    record = one.write("revocation", "variant", {**(retirement(node_id(7)).body or {}), "n": 1})
     with other.replica.store.atomic():
         other.replica.store.note(b"variant", record.wire)
     assert len(other.replica.store.notices()) == len(kept) + 1
