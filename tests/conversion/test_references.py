@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -581,6 +582,25 @@ def test_a_name_that_is_not_the_source_is_no_data_file(tmp_path: Path) -> None:
         assert "relative to the target's directory" in str(caught.value.hint)
     assert other.read_bytes() == content
     assert not path.exists()
+
+
+def test_a_confined_conversion_does_not_tell_what_lies_elsewhere(tmp_path: Path) -> None:
+    """An operator of a datastore could ask for one name after the other."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    make_disk(tree / "disk.raw", MIB)
+    (tmp_path / "there").write_bytes(b"")
+    (tree / "link").symlink_to(tmp_path)
+    for name in (str(tmp_path / "there"), str(tmp_path / "none"), "../there", "../none", "link/there", "link/none"):
+        with pytest.raises(AccessError, match=f"^{re.escape(name)}: lies outside of the directories") as caught:
+            vmconv.convert(
+                str(tree / "disk.raw"),
+                str(tree / "new.qcow2"),
+                options={"data_file": name},
+                allow_external=[str(tree)],
+                confined=True,
+            )
+        assert "No such file" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("suffix", "options"), [("vhd", {"subformat": "fixed"}), ("vhdx", {}), ("qcow2", {})])

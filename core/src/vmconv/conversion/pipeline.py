@@ -452,7 +452,8 @@ def conversion_of(
             from vmconv.conversion.views import refuse_references
 
             refuse_references(target.format, made.layout)
-        references.confirm(made.layout.references, target.directory)
+        within = request.allow_external if request.confined else None
+        references.confirm(made.layout.references, target.directory, within=within)
     plans = [plan_of(made, target.directory, way.backend, way.survey, alone=len(parts) == 1) for made in containers]
     return Conversion(request, tuple(containers), merge_plans(plans))
 

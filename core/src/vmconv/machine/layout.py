@@ -125,7 +125,8 @@ def _disk(
     containers = lay_out(stating, place, way.survey, registry, None)
     plans = []
     for made in containers:
-        references.confirm(made.layout.references, target.directory)
+        within = request.allow_external if request.confined else None
+        references.confirm(made.layout.references, target.directory, within=within)
         if target.format.is_package and len(made.layout.files) > 1:
             raise PlanError(f"{made.name}: is {len(made.layout.files)} files, and a package takes one for each disk")
         losses = tuple(f"{made.name}: {loss}" for loss in made.losses())

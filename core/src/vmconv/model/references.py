@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv.errors import PlanError
+from vmconv.errors import AccessError, PlanError
 from vmconv.model.sources import File, inside, stamp_of
 
 if TYPE_CHECKING:
@@ -114,10 +114,17 @@ def _fingerprint(file: File) -> Fingerprint:
     return Fingerprint(file.size, file.stamp.mtime, file.stamp.ctime, digest.hexdigest())
 
 
-def confirm(references: Iterable[Reference], directory: str) -> None:
-    """Raises `PlanError` unless each name, relative to `directory`, leads to the same inode as its file."""
+def confirm(references: Iterable[Reference], directory: str, *, within: Iterable[str] | None = None) -> None:
+    """Raises `PlanError` unless each name, relative to `directory`, leads to the same inode as its file.
+
+    With `within`, raises `AccessError` for a name that leads out of these directories, whether or not a file is there.
+    """
+    trees = None if within is None else [os.path.realpath(tree) for tree in within]
     for reference in references:
         path = os.path.join(directory, reference.name)
+        real = os.path.realpath(path)
+        if trees is not None and not any(inside(real, tree) for tree in trees):
+            raise AccessError(f"{reference.name}: lies outside of the directories of this conversion", hint=_RELATIVE)
         try:
             there = stamp_of(os.stat(path))
         except OSError as exc:
