@@ -121,6 +121,8 @@ def test_a_dry_run_makes_nothing(node: Node, datastore: Path) -> None:
         body = node.body_when(node.id, "job", "j1", lambda one: bool(one.body.get("ended_ms"))).body
     assert (body["state"], body["file"]) == ("planned", "a.qcow2")
     assert body["plan"]["written"] > 0
+    assert "p" in body["plan"]["source"]["parts"]
+    assert [one["title"] for one in body["plan"]["strips"]] == ["a.qcow2"]
     assert os.listdir(datastore) == ["a.raw"]
 
 

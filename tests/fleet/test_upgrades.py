@@ -12,7 +12,7 @@ import pytest
 
 from fleet.in_memory import Node, Wire
 from vmconv_fleet.catalogue import kinds
-from vmconv_fleet.catalogue.kinds import Body, DatastoreBody, PolicyBody
+from vmconv_fleet.catalogue.kinds import Body, DatastoreBody, JobPlan, PolicyBody
 from vmconv_fleet.errors import StoreError
 from vmconv_fleet.jobs.arguments import ARGUMENTS
 from vmconv_fleet.replication.records import Change, Record
@@ -22,6 +22,7 @@ from vmconv_fleet.testing import PATIENCE
 NEW_FIELDS: dict[type[Body], tuple[str, ...]] = {
     PolicyBody: ("keep_days", "keep_records"),
     DatastoreBody: ("storage", "owner", "owners", "give_to", "take"),
+    JobPlan: ("source", "strips"),
 }
 NEW_VERBS = ("datastore-give", "datastore-take")
 

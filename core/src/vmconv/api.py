@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from vmconv.conversion.views import views
     from vmconv.inplace.recovery import Recovery
     from vmconv.inplace.settling import settle
-    from vmconv.inspect import checking
+    from vmconv.inspect import checking, strips
     from vmconv.inspect.comparison import Comparison
     from vmconv.inspect.mapping import MapRow
     from vmconv.inspect.proof import Proof
@@ -92,6 +92,7 @@ _HOMES = {
     "View": "model.view",
     "ZeroCopy": "interface.arguments",
     "checking": "inspect.checking",
+    "strips": "inspect.strips",
     "generation": "system.linux",
     "inside": "model.sources",
     "installed": "io.registry",
@@ -168,6 +169,7 @@ __all__ = [
     "snapshot",
     "stamp_of",
     "stream",
+    "strips",
     "sync",
     "sync_plan",
     "undo",
@@ -177,7 +179,7 @@ __all__ = [
 
 
 # Names that are modules, not attributes of one.
-_MODULES = {"checking", "locks"}
+_MODULES = {"checking", "locks", "strips"}
 
 
 def __getattr__(name: str) -> Any:

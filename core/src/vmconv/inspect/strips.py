@@ -102,11 +102,8 @@ def _covered_before(edges: npt.NDArray[np.float64], start: Column, length: Colum
 
 def of_image(image: Image, parts: int, file_parts: int) -> list[Strip]:
     """Returns the strips of a guest's disk and of each file with its payload, the disk first."""
-    table, depths = _stacked(image)
-    names = [layer.file.name for layer in image.chain()]
-    categories, index = _categories(table, depths, names)
-    ranges = Ranges(table.start, table.length, index)
-    found = [strip(f"the guest's disk, {image.format_name}", image.size, ranges, categories, parts)]
+    disk, table, categories, index = _disk(image, parts)
+    found = [disk]
     sources = [table.sources[one] for one in np.unique(table.source[table.kind == Kind.DATA]).tolist()]
     decoded = {id(source.file): source.file for source in sources if isinstance(source, Decoded)}
     files = {id(source): source for source in sources if isinstance(source, File)} | decoded
@@ -118,6 +115,20 @@ def of_image(image: Image, parts: int, file_parts: int) -> list[Strip]:
         rest = COMPRESSED if id(file) in decoded else METADATA
         found.append(_of_file(file, payload, [rest, FILE_HOLE], categories, file_parts))
     return found
+
+
+def of_disk(image: Image, parts: int) -> Strip:
+    """Returns the strip of a guest's disk alone."""
+    return _disk(image, parts)[0]
+
+
+def _disk(image: Image, parts: int) -> tuple[Strip, Extents, Sequence[Category], Numbers]:
+    """Returns the strip of a guest's disk, the table of all layers, its categories and the index of each row's."""
+    table, depths = _stacked(image)
+    categories, index = _categories(table, depths, [layer.file.name for layer in image.chain()])
+    ranges = Ranges(table.start, table.length, index)
+    found = strip(f"the guest's disk, {image.format_name}", image.size, ranges, categories, parts)
+    return found, table, categories, index
 
 
 def _stacked(image: Image) -> tuple[Extents, dict[int, int]]:

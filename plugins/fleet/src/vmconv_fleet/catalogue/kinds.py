@@ -223,10 +223,23 @@ class PlannedCopy(Body):
     ranges: Count = 1
 
 
+class Strip(Body):
+    """A disk or a file in equal parts: a letter of `parts` tells what most of each is.
+
+    h is not allocated, z zero, p payload, b payload of a layer below, k compressed or encoded payload; of a file to
+    make, s is shared, c copied, m metadata.
+    """
+
+    title: Annotated[str, Field(max_length=200)] = ""
+    size: Bytes = 0
+    parts: Annotated[str, Field(max_length=400, pattern="^[a-z]*$")] = ""
+
+
 class JobPlan(Body):
     """The bytes that a conversion shares, copies and writes, and the reasons for copying.
 
-    `losses` are what the target does not get, `changes` the settings of a machine that get another value.
+    `losses` are what the target does not get, `changes` the settings of a machine that get another value. `strips` are
+    the files that a disk becomes, and `source` is the disk, in a dry run.
     """
 
     backend: str = ""
@@ -239,6 +252,8 @@ class JobPlan(Body):
     losses: list[str] = []
     changes: list[str] = []
     files: list[str] = []
+    source: Strip | None = None
+    strips: Annotated[list[Strip], Field(max_length=16)] = []
 
 
 class Progress(Body):

@@ -140,6 +140,7 @@ def _disk(visit: Visit) -> Response:
     record, disk = _one(visit, kinds.DiskBody, "disk")
     snapshot = visit.snapshot
     formats = _able(snapshot, record.owner).formats
+    jobs = _jobs_of(snapshot, record.owner, Where("disk = ?", (record.id,)))
     return visit.page(
         "disk.html",
         title=disk.name,
@@ -147,7 +148,8 @@ def _disk(visit: Visit) -> Response:
         disk=disk,
         formats=[name for name, one in sorted(formats.items()) if one.writes],
         children=_using(snapshot, kinds.DiskBody, "disk", "parents", record),
-        jobs=_jobs_of(snapshot, record.owner, Where("disk = ?", (record.id,))),
+        jobs=jobs,
+        drawn=next((one for one in jobs if one[1].plan and one[1].plan.source), None),
         vms=_using(snapshot, kinds.VmBody, "vm", "uses", record),
     )
 

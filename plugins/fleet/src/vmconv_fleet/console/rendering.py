@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from vmconv.plugin import printable, size_text
-from vmconv_fleet.catalogue.kinds import JobPlan
+from vmconv_fleet.catalogue.kinds import JobPlan, Strip
 from vmconv_fleet.replication.records import Record
 from vmconv_fleet.words import age_text, exact_size, time_text
 
@@ -42,6 +44,51 @@ def parts_of(plan: JobPlan) -> list[BarSegment]:
         parts.append(BarSegment(name, size, round(at, 3), round(width, 3)))
         at += width
     return parts
+
+
+class Run(NamedTuple):
+    """A run of equal parts of a strip on one of its lines; `x`, `y` and `width` are in parts, `look` is its style."""
+
+    look: str
+    x: int
+    y: int
+    width: int
+
+
+LINE = 40
+"""Parts of a strip on one line: few enough to be seen on a phone."""
+LOOKS = {
+    "h": ("hole", "not allocated"),
+    "z": ("zeros", "zeros"),
+    "p": ("payload", "payload"),
+    "b": ("below", "payload of layers below"),
+    "k": ("packed", "compressed or encoded payload"),
+    "s": ("shared", "shared"),
+    "c": ("copied", "copied"),
+    "m": ("written", "metadata"),
+}
+"""The style of each letter of a strip, and what it says. Another node may have letters that this one does not know."""
+_UNKNOWN = ("unknown", "something else")
+
+
+def runs_of(strip: Strip) -> list[Run]:
+    """Returns the runs of a strip, line by line."""
+    found: list[Run] = []
+    for y, at in enumerate(range(0, len(strip.parts), LINE)):
+        x = 0
+        for letter, group in groupby(strip.parts[at : at + LINE]):
+            width = sum(1 for _ in group)
+            found.append(Run(LOOKS.get(letter, _UNKNOWN)[0], x, y, width))
+            x += width
+    return found
+
+
+def looks_of(strip: Strip) -> list[tuple[str, str, int]]:
+    """Returns style, words and percent of the parts of each letter in a strip."""
+    counts = Counter(LOOKS.get(letter, _UNKNOWN) for letter in strip.parts)
+    return [
+        (*look, round(100 * counts[look] / len(strip.parts))) for look in (*LOOKS.values(), _UNKNOWN) if counts[look]
+    ]
 
 
 def _moment(milliseconds: int | None) -> str:
@@ -78,6 +125,8 @@ def _environment() -> Environment:
         "exact": exact_size,
         "size": size_text,
         "parts": parts_of,
+        "runs": runs_of,
+        "looks": looks_of,
     }
     return environment
 

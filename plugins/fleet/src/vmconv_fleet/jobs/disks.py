@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import PlanError
+from vmconv_fleet.jobs import strips
 from vmconv_fleet.jobs.conversion import Conversion, listed
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class DiskConversion(Conversion):
         from vmconv.api import Request, prepared, refuse_copies
 
         with prepared(Request(source, target, **self._arguments())) as ready:
-            self._report(ready.plan)
+            self._report(ready.plan, source=strips.of_disk(ready.image))
             refuse_copies(target, self._task.zero_copy, ready.plan)
 
     def _convert(self, source: str, target: str) -> Result:
@@ -65,9 +66,10 @@ class DiskConversion(Conversion):
         self._report(plan)
         self._go.wait()
 
-    def _report(self, plan: Plan) -> None:
+    def _report(self, plan: Plan, **more: Any) -> None:
         self._refuse_elsewhere(plan, [file.name for file in plan.files])
-        self._emit_plan(plan, self._names[-1], backend=plan.way, losses=listed(plan.losses))
+        more |= {"losses": listed(plan.losses), "strips": strips.of_plan(plan)}
+        self._emit_plan(plan, self._names[-1], backend=plan.way, **more)
 
     def _outcome(self, source: str, result: Result) -> dict[str, Any]:
         kept = self._remove(source, result) if self._task.removable else None
