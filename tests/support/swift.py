@@ -244,7 +244,9 @@ class Swift:
             "proxy.conf",
             f"{self._common('proxy')}[pipeline:main]\npipeline = {_PIPELINE}\n{filters}"
             "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\nallow_account_management = true\n"
-            "node_timeout = 60\nconn_timeout = 20\n",
+            "node_timeout = 60\nconn_timeout = 20\n"
+            # A server that a test has killed is asked again as soon as it runs.
+            "error_suppression_interval = 0\n",
         )
         # python-swiftclient brings this kind of authentication.
         self._write(

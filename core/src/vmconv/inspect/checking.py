@@ -29,9 +29,15 @@ def check_image(image: Image, opener: Opener, *, payload: bool = False) -> Check
     """
     if payload and not image.digests:
         raise UsageError(f"{image.file.name}: {image.format_name} stores no hash of the disk to compare with")
-    report = opener.registry.format(image.format_name).check(image)
-    alone = report is None and not image.dependencies and image.parent_reference is None
     problems = _problems_of_objects(opener)
+    try:
+        report = opener.registry.format(image.format_name).check(image)
+    except ReadError:
+        # What is missing where the object lies is why it cannot be read.
+        if not problems:
+            raise
+        report = None
+    alone = report is None and not image.dependencies and image.parent_reference is None
     if alone and problems is None and _refusal(image) is None:
         return None
     found = report or CheckReport(image_end=image.file.size)

@@ -24,7 +24,8 @@ MOST_PROBLEMS = 20
 
 def opened(url: Url) -> SwiftObject:
     """Returns the object at a URL."""
-    return SwiftObject(client_for(url), object_of(url))
+    where = object_of(url)
+    return SwiftObject(client_for(url), where)
 
 
 class SwiftObject(Remote):
@@ -44,11 +45,10 @@ class SwiftObject(Remote):
         def sign(_: Place, headers: Mapping[str, str]) -> Mapping[str, str]:
             return {**headers, "X-Auth-Token": cloud.token()}
 
-        address = parse_url(cloud.endpoint + where.quoted)
+        named = parse_url(f"swift://{cloud.name}{where.quoted}")
+        place = Place.of(parse_url(cloud.endpoint + where.quoted))
         try:
-            self._http = HttpObject(
-                address, place=Place.of(address), sign=sign, renew=cloud.renew, context=cloud.context()
-            )
+            self._http = HttpObject(named, place=place, sign=sign, renew=cloud.renew, context=cloud.context())
         except (AccessError, ReadError) as exc:
             raise self._explained(exc, 0, found.size) from exc
         if (self._http.etag, self._http.size) != (self.etag, self.size):

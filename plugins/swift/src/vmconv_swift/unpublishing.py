@@ -55,7 +55,8 @@ def _unpublish(options: argparse.Namespace, text: str) -> None:
 
     url = parse_url(text)
     _refuse_other_scheme(url.scheme, url.shown)
-    client, where = client_for(url), object_of(url)
+    where = object_of(url)
+    client = client_for(url)
     there = client.head(where)
     if there is None:
         raise AccessError(f"{url.shown}: there is no such object")
@@ -80,7 +81,8 @@ def _collect(options: argparse.Namespace, text: str) -> None:
 
     url = parse_url(text)
     _refuse_other_scheme(url.scheme, url.shown)
-    client, container = client_for(url), container_of(url)
+    container = container_of(url)
+    client = client_for(url)
     if not refuse_stranger(client, own_container(container)):
         raise AccessError(f"{url.shown}: vmconv has published nothing in it")
     grace = GRACE if options.older_than is None else options.older_than

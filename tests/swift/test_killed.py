@@ -1,0 +1,166 @@
+"""The client, or a server of the store, is killed at any request: nothing is half visible, and all is collected."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmconv
+from support.containers import Container, collected, let_time_pass, publish
+from support.swift import CLOUD, Swift
+from vmconv_swift.client import Client
+from vmconv_swift.cloud import cloud_of
+
+Hook = Callable[[str, bool], None]
+"""Called with the URL of a request that changes something, before it is made and after it."""
+
+
+def hooked(hook: Hook) -> Callable[..., Any]:
+    """Returns what replaces `Client._request`."""
+    request = Client._request
+
+    def replaced(self: Client, method: str, url: str, *arguments: Any, **named: Any) -> Any:
+        changes = method not in ("GET", "HEAD")
+        if changes:
+            hook(url, False)
+        answer = request(self, method, url, *arguments, **named)
+        if changes:
+            hook(url, True)
+        return answer
+
+    return replaced
+
+
+def killed_at(step: int, run: Callable[[], int]) -> bool:
+    """Runs in a child process that is killed at a step: before the requests 0, 1, ... and after each.
+
+    Returns False if it ended before that.
+    """
+    child = os.fork()
+    if child == 0:
+        # Connections of the parent are not for the child.
+        cloud_of.cache_clear()
+        steps = iter(range(1 << 30))
+
+        def hook(_: str, __: bool) -> None:
+            if next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Client._request = hooked(hook)  # type: ignore[method-assign]
+        status = 99
+        try:
+            status = run()
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.waitstatus_to_exitcode(status) == 0
+    return False
+
+
+def test_a_client_that_is_killed_leaves_nothing_half_made(container: Container, disk: Path) -> None:
+    step, seen = 0, 0
+    # Each run finds what those before have left; the first sends the payload.
+    while killed_at(step, lambda: publish("-q", disk, container.url("disk.vmdk"))):
+        names = container.names()
+        assert names in ([], ["disk.vmdk"])
+        if names:
+            seen += 1
+            assert vmconv.compare(str(disk), container.url("disk.vmdk"))
+            assert container.swift.request("DELETE", f"/{container.name}/disk.vmdk").status == 204
+        step += 1
+    assert step > 10
+    # Killed after the object appeared, before the candidate was removed, and after that.
+    assert seen == 3
+    assert container.names() == ["disk.vmdk"]
+    let_time_pass()
+    assert collected(container) == 0
+    own = container.names(container.own)
+    assert sum(name.startswith("records/") for name in own) == 1
+    assert not any(name.startswith("candidates/") for name in own)
+    assert vmconv.compare(str(disk), container.url("disk.vmdk"))
+    container.swift.request("DELETE", f"/{container.name}/disk.vmdk")
+    let_time_pass()
+    assert collected(container) == 0
+    assert container.names(container.own) == []
+
+
+@pytest.mark.parametrize(
+    ("server", "place"),
+    [
+        ("object", "/payload/"),
+        ("object", "/candidates/"),
+        ("object", "disk.vhdx?"),
+        ("proxy", "disk.vhdx?"),
+        ("container", "/metadata/"),
+    ],
+)
+def test_a_server_that_is_killed_leaves_nothing_half_made(
+    container: Container, disk: Path, swift: Swift, server: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(url: str, done: bool) -> None:
+        if place in url and not done and swift.is_running(server):
+            swift.kill(server)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Client, "_request", hooked(kill))
+            status = publish("-q", disk, container.url("disk.vhdx"))
+        assert not swift.is_running(server)
+    finally:
+        if not swift.is_running(server):
+            swift.start(server)
+    # An object server takes what a container server will list later.
+    assert status == 1 or server == "container"
+    if status:
+        assert swift.request("GET", f"/{container.name}/disk.vhdx").status == 404
+        assert publish("-q", disk, container.url("disk.vhdx")) == 0
+    assert vmconv.compare(str(disk), container.url("disk.vhdx"))
+
+
+def test_an_answer_that_is_lost_is_no_failure(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object was made, and the client does not know: it asks again, and finds its own object."""
+    session = cloud_of(CLOUD).session
+    request = session.request
+    lost: list[str] = []
+
+    def losing(url: str, method: str, **named: Any) -> Any:
+        answer = request(url, method, **named)
+        if url.endswith("disk.vmdk?multipart-manifest=put") and not lost:
+            from keystoneauth1.exceptions import ConnectFailure
+
+            lost.append(url)
+            raise ConnectFailure("lost")
+        return answer
+
+    monkeypatch.setattr(session, "request", losing)
+    assert publish(disk, container.url("disk.vmdk")) == 0
+    assert len(lost) == 1
+    assert vmconv.compare(str(disk), container.url("disk.vmdk"))
+
+
+def test_two_publications_at_once_make_one_object(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another publication of another disk takes the name just before."""
+    made: list[bytes] = []
+
+    def other(url: str, done: bool) -> None:
+        if url.endswith("disk.vmdk?multipart-manifest=put") and not made:
+            made.append(b"other")
+            container.put("disk.vmdk", made[0])
+
+    monkeypatch.setattr(Client, "_request", hooked(other))
+    assert publish(disk, container.url("disk.vmdk")) == 1
+    assert "disk.vmdk: appeared while it was being made" in capsys.readouterr().err
+    assert container.get("disk.vmdk") == b"other"
+    assert not any(name.startswith(("records/", "candidates/")) for name in container.names(container.own))

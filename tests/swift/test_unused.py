@@ -1,0 +1,142 @@
+"""What is removed, and what is not: publications, their payload, and what interrupted runs have left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import vmconv
+from support.containers import MIB, Container, collected, let_time_pass, publish, unpublish
+from support.swift import CLOUD
+from vmconv_swift.client import Client
+from vmconv_swift.cloud import cloud_of
+from vmconv_swift.names import ObjectName
+from vmconv_swift.records import Unused, remove, unused
+
+
+def test_payload_stays_until_no_publication_uses_it(published: Container, disk: Path) -> None:
+    assert publish(published.url("disk.qcow2"), published.url("copy.vmdk")) == 0
+    payload = published.segments()
+    assert unpublish(published.url("disk.qcow2")) == 0
+    assert published.names() == ["copy.vmdk"]
+    let_time_pass()
+    assert collected(published) == 0
+    assert published.segments() == payload
+    assert vmconv.compare(str(disk), published.url("copy.vmdk"))
+    assert unpublish(published.url("copy.vmdk")) == 0
+    let_time_pass()
+    assert collected(published) == 0
+    assert published.names(published.own) == []
+
+
+def test_what_is_young_stays(published: Container) -> None:
+    assert unpublish(published.url("disk.qcow2")) == 0
+    before = published.names(published.own)
+    let_time_pass()
+    assert unpublish("--unused", f"swift://{CLOUD}/{published.name}") == 0
+    assert unpublish("--unused", "--older-than=1h", f"swift://{CLOUD}/{published.name}") == 0
+    assert published.names(published.own) == before
+
+
+def test_what_would_be_removed_is_shown(published: Container, capsys: pytest.CaptureFixture[str]) -> None:
+    assert unpublish("--dry-run", published.url("disk.qcow2")) == 0
+    assert published.names() == ["disk.qcow2"]
+    assert unpublish(published.url("disk.qcow2")) == 0
+    before = published.names(published.own)
+    let_time_pass()
+    capsys.readouterr()
+    assert collected(published, "--dry-run", "--output=json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["name"] for row in rows} == {f"swift://{CLOUD}/{published.own}/{name}" for name in before}
+    assert not any(row["removed"] for row in rows)
+    assert published.names(published.own) == before
+
+
+def test_only_publications_are_unpublished(published: Container, capsys: pytest.CaptureFixture[str]) -> None:
+    published.put("theirs.qcow2", b"x")
+    assert unpublish(published.url("theirs.qcow2")) == 1
+    assert "vmconv publish has not made it" in capsys.readouterr().err
+    published.put("disk.qcow2", b"x")
+    assert unpublish(published.url("disk.qcow2")) == 1
+    assert unpublish(published.url("missing.qcow2")) == 1
+    assert published.names() == ["disk.qcow2", "theirs.qcow2"]
+
+
+def test_what_replaced_a_publication_needs_none_of_it(published: Container) -> None:
+    published.put("disk.qcow2", b"x")
+    let_time_pass()
+    assert collected(published) == 0
+    assert published.names(published.own) == []
+
+
+def test_a_replaced_publication_is_garbage(published: Container, disk: Path) -> None:
+    assert publish("--force", "-o", "cluster_size=128K", disk, published.url("disk.qcow2")) == 0
+    let_time_pass()
+    assert collected(published) == 0
+    assert sum(name.startswith("records/") for name in published.names(published.own)) == 1
+    assert vmconv.compare(str(disk), published.url("disk.qcow2"))
+
+
+def test_a_record_that_cannot_be_read_stops_the_removal(published: Container) -> None:
+    assert unpublish(published.url("disk.qcow2")) == 0
+    published.put("records/x/y", b"{}", container=published.own)
+    before = published.names(published.own)
+    let_time_pass()
+    assert collected(published) == 1
+    assert published.names(published.own) == before
+
+
+def test_what_is_used_again_while_it_is_removed_stays(
+    published: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publication begins after the removal has read all records, and before it removes."""
+    from vmconv_swift import backend
+
+    assert unpublish(published.url("disk.qcow2")) == 0
+    let_time_pass()
+    let_time_pass()
+    # Whatever exists is old.
+    monkeypatch.setattr(backend, "_FRESH", 0)
+    client = Client(cloud_of(CLOUD))
+    began = client.now()
+    found = list(unused(client, published.name, 0))
+    assert {one.where.name for one in found} >= set(published.segments())
+    assert publish("--zero-copy=require", disk, published.url("again.vmdk")) == 0
+    removed = {one.where.name.partition("/")[0] for one in found if remove(client, one, client.now() - began + 1)}
+    assert removed == {"metadata"}
+    assert vmconv.compare(str(disk), published.url("again.vmdk"))
+
+
+def test_what_was_removed_while_it_is_used_again_is_an_error(
+    published: Container, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The removal of a piece comes after the plan that relies on it."""
+    from vmconv_swift.backend import Publication
+
+    assert unpublish(published.url("disk.qcow2")) == 0
+    record = Publication.record
+
+    def removing(self: Publication) -> None:
+        record(self)
+        published.swift.request("DELETE", f"/{published.own}/{published.segments()[0]}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publication, "record", removing)
+        assert publish(disk, published.url("again.qcow2")) == 1
+    assert "was removed, or has changed, since the conversion was planned" in capsys.readouterr().err
+    assert published.names() == []
+    assert publish(disk, published.url("again.qcow2")) == 0
+    assert vmconv.compare(str(disk), published.url("again.qcow2"))
+
+
+def test_a_large_object_is_removed_without_its_segments(published: Container) -> None:
+    client = Client(cloud_of(CLOUD))
+    (record,) = [name for name in published.names(published.own) if name.startswith("records/")]
+    where = ObjectName(published.name, "disk.qcow2")
+    assert json.loads(client.read(ObjectName(published.own, record), MIB))["target"] == where.path
+    assert client.delete(where)
+    assert len(published.segments()) == 2
+    assert not client.delete(where)
+    assert not remove(client, Unused(where, 1), 0)
