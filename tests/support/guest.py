@@ -159,8 +159,8 @@ def _module(line: str) -> str:
 def boot(images: Sequence[Path | str], qemu_format: str, options: Mapping[Any, str] | None = None) -> str:
     """Returns what a guest said that booted from the first of its disks and powered off.
 
-    The serial number of each disk is its index. An image may be at a URL. `options` are more options of QEMU's drive, by
-    image. QEMU must have nothing to complain of.
+    The serial number of each disk is its index. An image may be at a URL. `options` are more options of QEMU's drive,
+    by image. QEMU must have nothing to complain of.
     """
     # The guest's clock counts its instructions. Otherwise guests panic or hang on a busy machine (QEMU 7.2, load 15).
     command = ["qemu-system-x86_64", "-icount", "shift=auto", "-accel", "tcg", "-m", "256", "-nodefaults"]
