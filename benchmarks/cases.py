@@ -24,6 +24,7 @@ from measure import Contender, Measured
 from memory_case import memory
 from reference_case import reference
 from remote_case import remote
+from swift_case import swift
 from sync_case import sync
 from view_case import views
 
@@ -334,6 +335,7 @@ CASES = (
     Case("copy", ("ext4", "directory"), copy),
     Case("devices", ("ext4",), devices),
     Case("remote", ("ext4",), remote),
+    Case("swift", ("xfs",), swift),
     Case("pairs", ("xfs", "btrfs"), pairs),
     Case("misaligned", ("xfs", "btrfs"), misaligned),
     Case("terabyte", ("xfs",), terabyte),

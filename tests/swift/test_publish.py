@@ -163,3 +163,19 @@ def test_long_holes_are_few_segments(container: Container, tmp_path: Path) -> No
     assert vmconv.compare(str(long), container.url("long.raw"))
     rows = vmconv.map_disk(container.url("long.raw"))
     assert [(row.start, row.length) for row in rows if row.data] == [(0, 4096), ((64 << 30) - 4096, 4096)]
+
+
+def test_memory_is_not_published(container: Container, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "memory.ram").write_bytes(bytes(MIB))
+    assert publish("-f", "ram", "-O", "ram", tmp_path / "memory.ram", container.url("memory.ram")) == 2
+    assert "only disks become objects" in capsys.readouterr().err
+
+
+def test_a_disk_without_payload_is_published(container: Container, tmp_path: Path) -> None:
+    path = tmp_path / "empty.raw"
+    with path.open("wb") as file:
+        file.truncate(MIB + 512)
+    assert publish(path, container.url("empty.raw"), container.url("empty.vhdx")) == 0
+    assert container.get("empty.raw") == bytes(MIB + 512)
+    assert vmconv.compare(str(path), container.url("empty.vhdx"))
+    assert container.segments() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,3 +141,22 @@ def test_a_large_object_is_removed_without_its_segments(published: Container) ->
     assert len(published.segments()) == 2
     assert not client.delete(where)
     assert not remove(client, Unused(where, 1), 0)
+
+
+def test_a_record_that_was_taken_for_that_of_another_is_written_again(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object is unpublished while the same disk is published once more under its name."""
+    assert publish(disk, container.url("disk.raw")) == 0
+    put_manifest = Client.put_manifest
+
+    def unpublishing(self: Client, where: ObjectName, *arguments: Any, **named: Any) -> bool:
+        if where == ObjectName(container.name, "disk.raw"):
+            assert unpublish(container.url("disk.raw")) == 0
+        return put_manifest(self, where, *arguments, **named)
+
+    monkeypatch.setattr(Client, "put_manifest", unpublishing)
+    assert publish("--force", disk, container.url("disk.raw")) == 0
+    let_time_pass()
+    assert collected(container) == 0
+    assert vmconv.compare(str(disk), container.url("disk.raw"))

@@ -257,6 +257,8 @@ def _prepared_elsewhere(*requests: Request) -> Iterator[Prepared]:
             refuse_bitmaps(image, target.format)
         image.warnings += tuple(checking.warnings(image, opener))
         if storage:
+            if image.kind != "disk":
+                raise UsageError(f"{image.file.name}: is a memory image, and only disks become objects of a store")
             image = storage.staged(image)
         way = Proposal(backend, backend.survey("", image.payload_files()))
         conversions = tuple(

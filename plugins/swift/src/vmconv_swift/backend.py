@@ -285,6 +285,10 @@ class Publication(Transaction):
             raise
         self._committed = True
         self.left = None
+        # Whoever has just unpublished an object of this name and content has taken the record for that object's.
+        for output in self.outputs:
+            if self.client.head(record_name(self.own, output.target.where, self.id)) is None:
+                self.record()
         for output in self.outputs:
             # Garbage that stays is collected later.
             with suppress(VmconvError):

@@ -68,7 +68,8 @@ def _unpublish(options: argparse.Namespace, text: str) -> None:
         )
     if not options.dry_run:
         client.delete(where)
-        for name, _ in records:
+        # Others are of publications under way.
+        for name in (name for name, record in records if record.etag == there.etag):
             client.delete(name)
     _say(options, url.shown, there.size, done=not options.dry_run)
 
