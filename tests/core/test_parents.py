@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import vmconv
 from support.disks import MIB, make_disk
+from support.mounting import mounted
+from support.nbd import served
 from vmconv.cli.main import main
-from vmconv.errors import AccessError, ImageError, UsageError, VmconvError
+from vmconv.errors import AccessError, ImageError, PlanError, UsageError, VmconvError
 
 KNOWING = ["vhd", "vhdx", "vmdk", "vdi"]
 """Formats that know their parent by an id."""
@@ -209,3 +212,49 @@ def test_a_base_with_a_child_beside_it_says_so(disk: Path, name: str, capfd: pyt
     assert f"{child.name} refers to {base.name}, which will be another image" in "".join(found.warnings)
     child.unlink()
     assert not [text for text in vmconv.convert(disk, base, force=True).warnings if "refers to" in text]
+
+
+def test_a_view_of_an_image_without_its_parent(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base, child = chain(disk, "vhdx")
+    away = str(moved(base))
+    with served(child, "--parent", away) as running:
+        shown = subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "raw", running.uri, str(disk)], check=False)
+        assert shown.returncode == 0
+    point = tmp_path_factory.mktemp("point")
+    with mounted(child, point, "--parent", away):
+        shown_as = point / child.name / "raw" / f"{child.stem}.raw"
+        assert shown_as.read_bytes() == disk.read_bytes()
+
+
+def test_an_export_refuses_a_parent_that_nothing_lacks(disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base, child = chain(disk, "qcow2")
+    other = disk.parent / "other.qcow2"
+    vmconv.convert(disk, other)
+    assert main(["serve", "--parent", str(other), "--socket", str(disk.parent / "s"), str(child)]) == 2
+    assert "no layer takes it as its parent" in capfd.readouterr().err
+    assert base.exists()
+
+
+@pytest.mark.parametrize(("name", "how"), [("qcow2", "named"), ("vhdx", "named"), ("vhdx", "found")])
+def test_nothing_is_made_on_a_layer_that_others_could_not_read(disk: Path, name: str, how: str) -> None:
+    base, middle, top = chain(disk, name, layers=3)
+    away = moved(base) if how == "named" else base.rename(base.with_name(f"renamed.{name}"))
+    given = [away] if how == "named" else []
+    with pytest.raises(PlanError, match=f"{middle.name}: stays below the target") as caught:
+        vmconv.convert(top, top.with_name(f"new.{name}"), backing_file=middle.name, parents=given)
+    assert "vmconv rebase -u" in (caught.value.hint or "")
+    if name == "qcow2":
+        with pytest.raises(PlanError, match="stays below the target"):
+            vmconv.convert(top, top.with_name("new.qcow2"), options={"subformat": "reference"}, parents=given)
+    # The parent itself can stay: the new image names it where it is.
+    target = away.with_name(f"on it.{name}")
+    vmconv.convert(top, target, backing_file=away.name, parents=given)
+    assert vmconv.compare(target, disk)
+
+
+def test_a_lost_parent_has_a_hint(disk: Path) -> None:
+    base, child = chain(disk, "qcow2")
+    moved(base)
+    with pytest.raises(AccessError) as caught:
+        vmconv.convert(child, disk.parent / "new.raw")
+    assert "--parent FILE" in (caught.value.hint or "")

@@ -12,12 +12,28 @@ from vmconv.model.layout import Backing
 
 if TYPE_CHECKING:
     from vmconv.conversion.request import Request
+    from vmconv.io.opener import Opener
     from vmconv.io.registry import Registry
     from vmconv.model.image import Image
 
 
-def kept_layer(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
-    """Returns the layer of the source that stays as the parent of the new images, if any."""
+def kept_layer(request: Request, target: Target, image: Image, opener: Opener) -> Kept | None:
+    """Returns the layer of the source that stays as the parent of the new images, if any.
+
+    Raises `PlanError` if one of the layers that stay is not read without the user's help, or without a search.
+    """
+    kept = _kept(request, target, image, opener.registry)
+    # All are opened first: a layer is displaced once its parent was found.
+    for layer in list(kept.image.chain()) if kept else ():
+        if opener.is_displaced(layer.file):
+            raise PlanError(
+                f"{layer.file.name}: stays below the target, and its own parent is not where it says",
+                hint="vmconv rebase -u stores where it is; without a backing file all layers become one image",
+            )
+    return kept
+
+
+def _kept(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
     if target.format.keeps_source(target.options):
         for asked, what in (
             (request.backing_file, "-B"),

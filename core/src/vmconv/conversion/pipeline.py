@@ -139,7 +139,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 )
                 backend, own = way.backend, frozenset()
                 conversions = tuple(
-                    conversion_of(request, target, image, way, registry, kept_layer(request, target, image, registry))
+                    conversion_of(request, target, image, way, registry, kept_layer(request, target, image, opener))
                     for request, target in targets
                 )
             plan = merge_plans([conversion.plan for conversion in conversions])
@@ -262,7 +262,7 @@ def _prepared_elsewhere(*requests: Request) -> Iterator[Prepared]:
             image = storage.staged(image)
         way = Proposal(backend, backend.survey("", image.payload_files()))
         conversions = tuple(
-            conversion_of(each, target, image, way, registry, kept_layer(each, target, image, registry))
+            conversion_of(each, target, image, way, registry, kept_layer(each, target, image, opener))
             for each, target in targets
         )
         for conversion in conversions:
@@ -411,7 +411,7 @@ def _in_place(
     """Returns the conversion of the first strategy that moves no payload, and the source names it may reuse."""
     from vmconv.inplace.strategies import STRATEGIES, Unsuitable, Wanted, formats_that_hold
 
-    kept = kept_layer(request, target, image, registry)
+    kept = kept_layer(request, target, image, site.opener)
     wanted = Wanted(image.onto(kept.image).guest if kept else image.flat, target.directory, target.format)
     second_best = None
     refused: list[PlanError] = []

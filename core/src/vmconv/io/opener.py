@@ -114,6 +114,7 @@ class Opener:
         # Fails early for an unknown format, even if no image needs it.
         self._backing_format = None if backing_format is None else registry.format(backing_format).name
         self._format_option = format_option
+        self._displaced: set[tuple[int, int]] = set()
         # For each opened layer, by id of its file, the identities of it and of all layers above, to detect loops.
         self._depth: dict[int, list[tuple[int, int]]] = {}
 
@@ -376,6 +377,7 @@ class Opener:
         if not candidates:
             return self.named_parent(origin, reference, format_name, moved=moved)
         self.given.take(origin, candidates[0])
+        self._displaced.add(_identity(origin))
         image = self._given_parent(origin, candidates[0], format_name)
         if not moved:
             warn(
@@ -418,6 +420,7 @@ class Opener:
         if error := refusal(image):
             raise unfit or error
         if stated:
+            self._displaced.add(_identity(origin))
             warn(f"{origin.name}: parent {references[0]!r} is not there: using {found}, which has its identity")
         return image
 
@@ -449,6 +452,7 @@ class Opener:
             image = self._given_parent(origin, path, format_name)
             if (error := refusal(image)) is None:
                 self.given.take(origin, path)
+                self._displaced.add(_identity(origin))
                 return image, None
             unfit = unfit or error
         return None, unfit
@@ -483,8 +487,17 @@ class Opener:
 
     def named_parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         """Returns what `parent` does, and no file with another name."""
-        file = self.related(origin, reference, _PARENT, moved=moved)
+        try:
+            file = self.related(origin, reference, _PARENT, moved=moved)
+        except AccessError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError):
+                exc.hint = exc.hint or "--parent FILE names it where it is now, vmconv rebase -u stores its new name"
+            raise
         return self._as_parent(origin, file, repr(reference), format_name)
+
+    def is_displaced(self, layer: File) -> bool:
+        """Returns whether the parent of a layer is not where it says, so that others do not find it."""
+        return _identity(layer) in self._displaced
 
     def _given_parent(self, origin: File, path: str, format_name: str | None) -> Image:
         return self._as_parent(origin, self.referring(self._meant(path)), path, format_name)
