@@ -77,9 +77,9 @@ def _core(modules: str, tests: str, *more: str, first: Sequence[str] = ()) -> Ro
 
 def _test(name: str) -> str:
     """Returns the path of a module of tests, of another plugin than those that have modules of the same names."""
-    found = ROOT.glob(f"tests/**/test_{name}.py")
+    found = (path.relative_to(ROOT) for path in ROOT.glob(f"tests/**/test_{name}.py"))
     (path,) = (path for path in found if not {"fleet", "machine"} & {*path.parts})
-    return str(path.relative_to(ROOT))
+    return str(path)
 
 
 def _writer(name: str, *tests: str) -> Room:
@@ -92,6 +92,26 @@ def _fleet(modules: str, tests: str) -> Room:
     paths = tuple(f"plugins/fleet/src/vmconv_fleet/{module}.py" for module in modules.split())
     return Room(paths, tuple(f"tests/fleet/test_{name}.py" for name in tests.split()))
 
+
+_JOBS = (
+    "tests/fleet/test_renames.py::test_nothing_outside_is_made_read_or_removed[convert-once]",
+    *(
+        f"tests/fleet/test_jobs.py::test_a_{name}"
+        for name in (
+            "job_is_done",
+            "dry_run_makes_nothing",
+            "link_out_of_the_datastore_is_not_converted",
+            "link_in_the_targets_place_is_not_followed",
+            "chain_out_of_the_datastores_is_not_converted",
+            "job_that_cannot_be_done_says_why",
+            "source_is_removed_on_request_if_no_disk_needs_it",
+            "node_killed_after_it_was_done_finds_it_done",
+            "file_of_the_same_name_that_the_job_did_not_make_is_not_its_own",
+            "file_that_has_got_the_inode_of_what_the_job_made_is_not_its_own",
+        )
+    ),
+)
+"""What a worker may do; all tests of jobs take minutes."""
 
 _CRASHES = tuple(f"tests/inplace/test_crash.py::{name}" for name in CRASHES)
 
@@ -182,6 +202,16 @@ ROOMS: dict[str, Room] = {
     "idle": _fleet("node/memory node/room", "room memory"),
     "peers": _fleet("links/peers", "peers"),
     "starting": _fleet("jobs/starting trust/groups", "starting rights handlers"),
+    "rights": _fleet("trust/rights trust/roles trust/tokens", "rights starting handlers"),
+    "trust": _fleet("trust/authority trust/certificates trust/names trust/membership", "identity authority"),
+    "histories": _fleet(
+        "replication/forks replication/epochs replication/recovery replication/ownlog", "forks replica"
+    ),
+    "pulling": _fleet(
+        "replication/anti_entropy replication/receiver replication/reorder_buffer replication/verifier", "replica forks"
+    ),
+    "limiter": _fleet("limiter", "limiter"),
+    "worker": _fleet("jobs/conversion jobs/disks jobs/journal jobs/worker catalogue/places", "")._replace(tests=_JOBS),
 }
 
 
@@ -273,7 +303,11 @@ def _positions(path: Path) -> dict[object, list[tuple[str, int]]]:
 def _made(room: str, module: str, operator: str, occurrence: int) -> Mistake | None:
     """Returns a mistake; None when it changes nothing that runs."""
     code = (ROOT / module).read_text()
-    changed = mutate_code(code, get_operator(operator)(), occurrence)
+    try:
+        changed = mutate_code(code, get_operator(operator)(), occurrence)
+    except AttributeError:
+        # cosmic-ray 8.7 replaces no exception whose name has a dot.
+        return None
     bare = None if changed is None else _bare(changed)
     if changed is None or bare is None or bare == _bare(code):
         return None
