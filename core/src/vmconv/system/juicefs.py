@@ -6,7 +6,6 @@ They are known by their inode numbers, which no file of a volume has. Their name
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from typing import NamedTuple
@@ -54,6 +53,8 @@ def volume_of(mount: linux.Mount) -> Volume | None:
     text = _content(mount, _CONFIGURATION)
     if text is None:
         return None
+    import json
+
     try:
         said = json.loads(text)
         uuid, directory = said["Format"]["UUID"], said["Meta"]["Subdir"]
