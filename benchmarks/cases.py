@@ -19,6 +19,7 @@ from device_case import devices
 from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw, text_raw
 from inplace_cases import in_place
+from juicefs_case import juicefs
 from machine_case import machines, machines_in_place
 from measure import Contender, Measured
 from memory_case import memory
@@ -336,6 +337,7 @@ CASES = (
     Case("devices", ("ext4",), devices),
     Case("remote", ("ext4",), remote),
     Case("swift", ("xfs",), swift),
+    Case("juicefs", ("xfs",), juicefs),
     Case("pairs", ("xfs", "btrfs"), pairs),
     Case("misaligned", ("xfs", "btrfs"), misaligned),
     Case("terabyte", ("xfs",), terabyte),
