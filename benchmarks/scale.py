@@ -81,7 +81,8 @@ def lengths(random: np.random.Generator, mean: float, total: int) -> Column:
     count = max(1, round(total / mean))
     drawn = random.lognormal(np.log(mean) - _SPREAD**2 / 2, _SPREAD, count)
     clusters = np.maximum(1, np.rint(drawn * (total / drawn.sum()) / CLUSTER)).astype(np.int64)
-    return clusters * CLUSTER
+    found: Column = clusters * CLUSTER
+    return found
 
 
 def allocated(random: np.random.Generator, guest: Guest, size: int) -> tuple[Column, Column]:

@@ -93,6 +93,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "scan": {},
     "datastore-add": {"name": "more", "path": "/srv/more"},
     "datastore-remove": {"name": "ds"},
+    "datastore-appoint": {"name": "ds", "nodes": [OTHER]},
     "datastore-give": {"name": "ds", "to": OTHER},
     "datastore-take": {"name": "ds"},
     "policy-set": {"max_parallel": 3},

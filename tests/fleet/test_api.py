@@ -871,6 +871,7 @@ def test_the_description_has_every_verb(api: Served) -> None:
         "scan": "POST /api/v1/nodes/{node}/scan",
         "datastore-add": "POST /api/v1/datastores",
         "datastore-remove": "DELETE /api/v1/datastores/{owner}/{name}",
+        "datastore-appoint": "PUT /api/v1/datastores/{owner}/{name}/converters",
         "datastore-give": "POST /api/v1/datastores/{owner}/{name}/give",
         "datastore-take": "POST /api/v1/datastores/{owner}/{name}/take",
         "policy-set": "PATCH /api/v1/nodes/{node}/policy",

@@ -25,7 +25,10 @@ from vmconv_fleet.words import role_text
 
 IN_DATASTORES: dict[str, dict[str, Any]] = {
     **{verb: ASKED[verb] for verb in ("convert", "convert-machine", "cancel")},
-    **{verb: {**ASKED[verb], "name": "ds"} for verb in ("datastore-remove", "datastore-give", "datastore-take")},
+    **{
+        verb: {**ASKED[verb], "name": "ds"}
+        for verb in ("datastore-remove", "datastore-appoint", "datastore-give", "datastore-take")
+    },
     "scan": {"datastore": "ds"},
 }
 """The verbs that concern a datastore, here `ds`; all others concern the node."""
@@ -309,3 +312,18 @@ def test_a_disk_does_not_read_its_parent_in_another_ones_datastore(
                 assert sorted(os.listdir(tmp_path / "x")) == ["top.qcow2", "x.raw"]
     finally:
         runner.stop()
+
+
+@pytest.mark.parametrize(("reference", "allowed"), [(f"{OTHER}/web", True), (f"{HERE}/ds", False)])
+def test_a_disk_of_another_node_is_converted_with_a_role_there(reference: str, allowed: bool) -> None:
+    """On shared storage, by the node that its owner has appointed. A role in what that node calls it does not count."""
+    replica = Replica()
+    held = {"storage": "s" * 32, "owner": OTHER}
+    replica.add(OTHER, "datastore", "web", {"path": "/srv/web", **held, "converters": [HERE]})
+    replica.add(OTHER, "disk", "d9", {"datastore": "web", "name": "z.raw", "format": "raw"})
+    replica.add(HERE, "datastore", "ds", {"path": "/srv/images", **held})
+    by = scoped(replica, "operator", reference)
+    assert is_allowed(replica, "convert", by, disk="d9", of=OTHER, format="qcow2", job="j9") == allowed
+    if allowed:
+        job = replica.body("job", "j9")
+        assert (job["of"], job["datastore"], job["source"], job["within"]) == (OTHER, "ds", "z.raw", ["ds"])

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from vmconv.syncing.commit import CommitResult
     from vmconv.syncing.rebase import RebaseResult
     from vmconv.syncing.request import SyncPlan, SyncResult
+    from vmconv.system.juicefs import volume_of
     from vmconv.system.linux import generation, mount_of
 
 _HOMES = {
@@ -106,6 +107,7 @@ _HOMES = {
     "settle": "inplace.settling",
     "stamp_of": "model.sources",
     "views": "conversion.views",
+    "volume_of": "system.juicefs",
     "volumes": "machine.boot.volumes",
 }
 
@@ -174,6 +176,7 @@ __all__ = [
     "sync_plan",
     "undo",
     "views",
+    "volume_of",
     "volumes",
 ]
 

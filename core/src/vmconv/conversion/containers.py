@@ -25,6 +25,8 @@ from vmconv.model.sources import File
 
 _MOST_GAPS = 4
 """Chunks by which a file may be longer than its disk, so that its payload begins where chunks do."""
+_METADATA = 1024
+"""Bytes of a disk for one of metadata: a file may be longer by these too."""
 
 
 class Target(NamedTuple):
@@ -204,7 +206,7 @@ def _laid_out(disk: Image, target: Target, placement: Placement, backing: Backin
     """Returns the layout that the format's writer makes: by chunks if that leaves few gaps."""
     if chunk > placement.modulus:
         layout = _written(disk, target, placement._replace(modulus=chunk), backing)
-        if sum(out.table.size for out in layout.files) <= disk.size + _MOST_GAPS * chunk:
+        if sum(out.table.size for out in layout.files) <= disk.size + _MOST_GAPS * chunk + disk.size // _METADATA:
             return layout
     return _written(disk, target, placement, backing)
 

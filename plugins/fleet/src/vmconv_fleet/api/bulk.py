@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter
@@ -14,6 +15,7 @@ from vmconv.plugin import UsageError
 from vmconv_fleet.api.access import UNAUTHORIZED, Caller, Known
 from vmconv_fleet.api.asking import Answer, NotHereError, Wait, ask_many
 from vmconv_fleet.api.state import State, StateOf
+from vmconv_fleet.catalogue.appointing import converters
 from vmconv_fleet.catalogue.conversion import BulkSpec, MachineSpec
 from vmconv_fleet.catalogue.fields import Identifier, NodeId
 from vmconv_fleet.catalogue.selection import VMS, parse
@@ -89,7 +91,7 @@ async def _convert(kind: Kind, wish: _Chosen, state: State, caller: Caller, wait
     chosen = await run_in_threadpool(lambda: _chosen(state.snapshot(), kind, wish))
     answers = await convert_all(state, caller, kind, chosen, wish.given(), wait=wait)
     return [
-        Selected.model_validate({"node": one.owner, kind: one.id, "name": one.body["name"], "answer": answer})
+        Selected.model_validate({"node": answer.target, kind: one.id, "name": one.body["name"], "answer": answer})
         for one, answer in zip(chosen, answers, strict=True)
     ]
 
@@ -130,9 +132,38 @@ async def convert_all(
 ) -> list[Answer]:
     """Requests the conversions as one batch; returns their answers. With the same `batch` they are the same requests.
 
-    A refusal does not stop the others.
+    Disks on shared storage are spread over all nodes that convert it. A refusal does not stop the others.
     """
     batch = batch or f"batch-{secrets.token_hex(6)}"
-    wishes = [(one.owner, VERB[kind], {**given, kind: one.id, "batch": batch}) for one in chosen]
+    targets = await run_in_threadpool(_spread, state, kind, chosen, given)
+    wishes = [
+        (
+            target,
+            VERB[kind],
+            {**given, kind: one.id, "batch": batch, **({} if target == one.owner else {"of": one.owner})},
+        )
+        for one, target in zip(chosen, targets, strict=True)
+    ]
     keys = [f"{batch}-{number}" for number in range(len(chosen))]
     return await ask_many(state, caller, wishes, wait=wait, keys=keys)
+
+
+def _spread(state: State, kind: Kind, chosen: Sequence[Record], given: Mapping[str, Any]) -> list[str]:
+    """Returns the node that converts each source: of those that can be asked, one after the other.
+
+    Only the owner converts machines, removes sources, and makes targets elsewhere than beside their sources.
+    """
+    owners = [one.owner for one in chosen]
+    if kind == "vm" or given.get("target_datastore") or given.get("keep_source") is False:
+        return owners
+    view = state.view()
+    answering = {one.node for one in state.snapshot().nodes() if one.state in ("here", "up")}
+    turns: dict[tuple[str, str], Iterator[str]] = {}
+    targets = []
+    for one in chosen:
+        place = (one.owner, str(one.body.get("datastore")))
+        if place not in turns:
+            nodes = [node for node in converters(view, *place) if node == one.owner or node in answering]
+            turns[place] = cycle(nodes)
+        targets.append(next(turns[place]))
+    return targets

@@ -18,6 +18,7 @@ from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, 
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.fields import GroupName, Name, PlainName
+from vmconv_fleet.catalogue.kinds import MAX_CONVERTERS
 from vmconv_fleet.catalogue.overridden import overridden_in
 from vmconv_fleet.catalogue.terms import Role
 from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
@@ -61,6 +62,12 @@ class DatastoreWish(_Wish):
 
 class GiveWish(_Wish):
     to: str
+
+
+class AppointWish(_Wish):
+    """The nodes that may convert the disks of a datastore, by name or id, besides its owner; none: only the owner."""
+
+    nodes: Annotated[list[str], Field(max_length=MAX_CONVERTERS)]
 
 
 class TokenWish(_Wish):
@@ -195,6 +202,18 @@ async def give_datastore(
 ) -> JSONResponse:
     arguments = {"name": name, "to": _node(state, wish.to)}
     return (await ask(state, caller, _node(state, owner), "datastore-give", arguments, wait=wait)).as_response()
+
+
+@router.put(
+    "/datastores/{owner}/{name}/converters",
+    responses=_ANSWERS,
+    summary="Name the nodes that convert the disks of shared storage, besides its owner",
+)
+async def appoint(
+    owner: str, name: str, wish: AppointWish, state: StateOf, caller: Known, wait: Wait = 0
+) -> JSONResponse:
+    arguments = {"name": name, "nodes": [_node(state, one) for one in wish.nodes]}
+    return (await ask(state, caller, _node(state, owner), "datastore-appoint", arguments, wait=wait)).as_response()
 
 
 @router.post("/datastores/{owner}/{name}/take", responses=_ANSWERS, summary="Take shared storage of a retired node")

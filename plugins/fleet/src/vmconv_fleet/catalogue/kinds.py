@@ -29,7 +29,10 @@ from vmconv_fleet.catalogue.fields import (
 )
 from vmconv_fleet.catalogue.terms import Role
 
-SCHEMA = 4
+SCHEMA = 5
+
+MAX_CONVERTERS = 1000
+"""Nodes that one datastore may have to convert its disks, besides its owner."""
 
 JobState = Literal["queued", "planned", "running", "done", "failed", "cancelled"]
 
@@ -113,7 +116,8 @@ class DatastoreBody(Body):
     `scan_asked_ms`; the clock may have jumped between the two.
 
     `storage` is the same for all nodes that see this directory, and `owner` lists and converts its disks; `owners` are
-    all so far. The next scan gives the storage to `give_to`, or takes it from a retired owner.
+    all so far. The next scan gives the storage to `give_to`, or takes it from a retired owner. `converters` are the
+    other nodes that may convert its disks, on their own mounts, while this node owns it.
     """
 
     path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -131,6 +135,7 @@ class DatastoreBody(Body):
     owners: list[dict[str, Any]] = []
     give_to: NodeId | None = None
     take: bool = False
+    converters: Annotated[list[NodeId], Field(max_length=MAX_CONVERTERS)] = []
 
 
 class ChainLayer(Body):
@@ -273,16 +278,17 @@ class JobEvent(Body):
 class JobBody(ConversionSpec, MachineSpec, Body):
     """A requested conversion of a disk or of a virtual machine, executed once.
 
-    `disk` or `vm`, `source` and `datastore` name the source. `cancel` requests the job's end. A dry run ends in the
-    state `planned`. `attempts` counts the starts. `recovered`: the job was found done after its node had died.
-    `file` is the name of the target; for a machine the directory and the name of the new configuration. `within`
-    are the datastores whose files it may open, those of its caller; None: all. `groups` are those of a caller who
-    has signed in: what they may do when the job begins is what counts, also after the session. `log` has a line for
-    each step, the last ones.
+    `disk` or `vm`, `source` and `datastore` name the source. The disk is the node `of`'s, or this node's (None).
+    `cancel` requests the job's end. A dry run ends in the state `planned`. `attempts` counts the starts.
+    `recovered`: the job was found done after its node had died. `file` is the name of the target; for a machine the
+    directory and the name of the new configuration. `within` are the datastores whose files it may open, those of
+    its caller; None: all. `groups` are those of a caller who has signed in: what they may do when the job begins is
+    what counts, also after the session. `log` has a line for each step, the last ones.
     """
 
     state: JobState = "queued"
     disk: Identifier | None = None
+    of: NodeId | None = None
     vm: Identifier | None = None
     source: str = ""
     datastore: Name

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,8 @@ class Scanner:
         self._child: subprocess.Popen[str] | None = None
         self._heard = 0.0
         self._begun = _NOTHING
+        self._converted: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Own disks beside which another node has made a new one."""
         self._ending = threading.Event()
         self.thread = Supervised("scanner", self._run, self._ending)
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -93,6 +95,10 @@ class Scanner:
         if any(one.owner != node and one.body.get("owner") == node for one in stores):
             # Another node may have given a shared datastore to this one.
             self._wanted.put(True)
+        for one in records:
+            if one.kind == "job" and one.body.get("of") == node and one.body.get("state") == "done":
+                self._converted.put(str(one.body.get("disk")))
+                self._wanted.put(True)
 
     def _run(self, works: Callable[[], None]) -> None:
         settled(self._service.update(self._seeded), self._ending)
@@ -125,8 +131,17 @@ class Scanner:
         body = {**(before.body if before else {}), "seeded": seeded | new}
         return [Change("capabilities", "installed", body), *changes]
 
-    def _is_wanted(self, datastore: Record) -> bool:
-        return _is_due(datastore.body) or self._is_given(datastore)
+    def _is_wanted(self, datastore: Record, changed: Container[str]) -> bool:
+        return _is_due(datastore.body) or self._is_given(datastore) or datastore.id in changed
+
+    def _changed(self, view: ReplicaView) -> set[str]:
+        """Returns the own datastores in which other nodes have made something."""
+        found = set()
+        while not self._converted.empty():
+            disk = view.get(self._service.node, "disk", self._converted.get())
+            if disk:
+                found.add(str(disk.body.get("datastore")))
+        return found
 
     def _is_given(self, datastore: Record) -> bool:
         """Returns whether another node says that this node owns a storage that it still holds to be another's."""
@@ -138,7 +153,8 @@ class Scanner:
 
     def _scan(self, *, everything: bool) -> None:
         node, view = self._service.node, self._service.view()
-        stores = [one for one in view.find("datastore", node) if everything or self._is_wanted(one)]
+        changed = self._changed(view)
+        stores = [one for one in view.find("datastore", node) if everything or self._is_wanted(one, changed)]
         wanted = {one.id: one.body["path"] for one in stores}
         # What is asked for later is not answered by this scan.
         asked = {one.id: one.body["scan_asked_ms"] for one in stores if "scan_asked_ms" in one.body}

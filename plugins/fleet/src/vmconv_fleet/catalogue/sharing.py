@@ -4,6 +4,9 @@ The note is an extended attribute of the directory, or a file in it where a netw
 that sees the storage can write it, so no other member can take a datastore away. A note that was copied with its
 directory does not count: it states the machine, filesystem and directory that it is about.
 
+A volume of JuiceFS tells which it is: there the storage is known by the volume and the directory's inode, and a note
+about another one does not count, whoever wrote it.
+
 Datastores of two nodes can also be one in the other. A file belongs to the nearest directory above it with a note.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -31,6 +35,8 @@ _NETWORK = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "gfs2", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"}
     | {"smb3", "virtiofs"}
 )
+JUICEFS = "fuse.juicefs"
+_ROOT = 1
 _GETFSUUID = 0x80111500
 
 
@@ -67,8 +73,8 @@ def hold(
         try:
             place = _place(directory, path)
             found = _read(directory)
-            if found is None or _is_elsewhere(found.place, place):
-                new = Holding(secrets.token_hex(16), place, ()).passed(node, "declared", now)
+            if found is None or not _is_about(found, place):
+                new = Holding(_storage(place) or secrets.token_hex(16), place, ()).passed(node, "declared", now)
                 _write(directory, new, replace=_note(directory) is not None, network=place["network"])
             elif give_to not in (None, node) and found.owner == node:
                 _write(directory, found.passed(str(give_to), "given", now), replace=True, network=place["network"])
@@ -83,10 +89,10 @@ def hold(
     return None
 
 
-def refuse_unless_owner(path: str, node: str) -> None:
-    """Raises AccessError if another node owns the directory, or the nearest one above it that has an owner."""
+def refuse_unless_owner(path: str, *nodes: str) -> None:
+    """Raises AccessError if none of the nodes owns the directory, or the nearest one above it that has an owner."""
     found = nearest(path)
-    if found and found[1].owner != node:
+    if found and found[1].owner not in nodes:
         where, holding = found
         raise AccessError(f"{where}: this storage belongs to node {holding.owner}", hint="ask that node")
 
@@ -110,7 +116,7 @@ def owner_of(path: str) -> Holding | None:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             found = _read(directory)
-            return None if found is None or _is_elsewhere(found.place, _place(directory, path)) else found
+            return found if found and _is_about(found, _place(directory, path)) else None
         finally:
             os.close(directory)
     return None
@@ -126,15 +132,40 @@ def release(directory: int) -> None:
 
 def _place(directory: int, path: str) -> dict[str, Any]:
     """Returns what identifies the directory, as far as it is known; on the network only that it is there."""
-    from vmconv.api import mount_of
+    from vmconv.api import mount_of, volume_of
 
-    if mount_of(path).type in _NETWORK:
+    mount = mount_of(path)
+    if mount.type == JUICEFS:
+        volume = volume_of(mount)
+        return _place_in(*(volume or ("", "")), os.fstat(directory).st_ino)
+    if mount.type in _NETWORK:
         return {"network": True}
     return {"network": False, "machine": _machine(), "uuid": _uuid(directory), "inode": os.fstat(directory).st_ino}
 
 
-def _is_elsewhere(noted: dict[str, Any], place: dict[str, Any]) -> bool:
-    return any(noted.get(name) and value and noted[name] != value for name, value in place.items())
+def _place_in(uuid: str, mounted: str, inode: int) -> dict[str, Any]:
+    """Returns what identifies a directory of a volume of JuiceFS, of which `mounted` is the mounted directory.
+
+    Without a `uuid` the mount does not tell this user its volume.
+    """
+    if not uuid or (mounted and inode == _ROOT):
+        # The root of a mount of a directory has the number of the volume's root.
+        return {"network": True, "volume": uuid}
+    return {"network": True, "volume": uuid, "inode": inode}
+
+
+def _storage(place: dict[str, Any]) -> str:
+    """Returns the id of a storage that is known without a note; empty if it is not."""
+    if not (place.get("volume") and place.get("inode")):
+        return ""
+    return hashlib.sha256(f"juicefs {place['volume']} {place['inode']}".encode()).hexdigest()[:32]
+
+
+def _is_about(noted: Holding, place: dict[str, Any]) -> bool:
+    """Returns whether a note is about this place, as far as both are known."""
+    if (known := _storage(place)) and noted.storage != known:
+        return False
+    return not any(noted.place.get(name) and value and noted.place[name] != value for name, value in place.items())
 
 
 def _machine() -> str:

@@ -38,6 +38,7 @@ _PREFIX = {
     "scan": "scan of ",
     "datastore-add": "new datastore ",
     "datastore-remove": "removed datastore ",
+    "datastore-appoint": "who converts datastore ",
     "datastore-give": "giving datastore ",
     "datastore-take": "taking datastore ",
     "policy-set": "policy: ",

@@ -57,6 +57,12 @@ def datastore(options: argparse.Namespace) -> int:
             reply = client.call("POST", "/api/v1/datastores", {"name": options.name, "path": path})
             return said(options, reply, f"datastore {options.name} is {path}")
         owner = options.of or own_node(client)
+        if options.action == "appoint":
+            nodes = [] if options.nodes == NONE else options.nodes
+            path = f"/api/v1/datastores/{owner}/{options.name}/converters"
+            reply = client.call("PUT", path, {"nodes": nodes}, query={"wait": options.wait})
+            others = f" and {', '.join(nodes)}" if nodes else ""
+            return said(options, reply, f"datastore {options.name} is converted by its owner{others}")
         if options.action in ("give", "take"):
             body = {"to": options.to} if options.action == "give" else None
             path = f"/api/v1/datastores/{owner}/{options.name}/{options.action}"

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from vmconv.plugin import Command, SetOptions, formatter, parse_size
-from vmconv_fleet.cli.values import none_or, numbers, window
+from vmconv_fleet.cli.values import names, none_or, numbers, window
 
 _WINDOW = "such as 22:00-05:00 by this machine's clock, or '22:00-05:00 Europe/Berlin'"
 
@@ -252,10 +252,20 @@ def _datastore(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("name", metavar="NAME", help="name of the datastore")
     give = actions.add_parser("give", help="give shared storage to another node", formatter_class=formatter)
     give.add_argument("--to", required=True, metavar="NODE", help="its new owner")
+    appoint = actions.add_parser(
+        "appoint", help="let other nodes convert the disks of shared storage", formatter_class=formatter
+    )
+    appoint.add_argument(
+        "--nodes",
+        required=True,
+        type=none_or(names),
+        metavar="NODE,NODE",
+        help="these, and no others; none: only its owner",
+    )
     take = actions.add_parser("take", help="take the storage of a retired node", formatter_class=formatter)
-    for action in (give, take):
+    for action in (appoint, give, take):
         action.add_argument("name", metavar="NAME", help="name of the datastore")
-    for action in (remove, give, take):
+    for action in (remove, appoint, give, take):
         action.add_argument("--of", metavar="NODE", help="the datastore's node (default: this one)")
         _asking(action)
 

@@ -30,6 +30,11 @@ def numbers(type_: Callable[[str], int]) -> Callable[[str], dict[str, int]]:
     return partial(numbers_by_name, type_)
 
 
+def names(text: str) -> list[str]:
+    """Returns the names of NAME,NAME."""
+    return [name for name in text.split(",") if name]
+
+
 def window(text: str) -> str:
     """Returns a window with its time zone, by default that of this machine."""
     from vmconv_fleet.catalogue.windows import WindowError, parsed

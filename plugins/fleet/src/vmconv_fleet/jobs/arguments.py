@@ -18,7 +18,7 @@ from vmconv_fleet.catalogue.fields import (
     TokenId,
     WebhookPlace,
 )
-from vmconv_fleet.catalogue.kinds import GroupSpec, TokenSpec
+from vmconv_fleet.catalogue.kinds import MAX_CONVERTERS, GroupSpec, TokenSpec
 from vmconv_fleet.words import trap_in
 
 
@@ -56,9 +56,10 @@ class JobRequest(ConversionSpec, Arguments):
 
 
 class Convert(JobRequest):
-    """A conversion of a disk of the catalogue."""
+    """A conversion of a disk of the catalogue: one of the target node's own, or one `of` another, on shared storage."""
 
     disk: Identifier
+    of: NodeId | None = None
 
 
 class MachineJobRequest(ConversionSpec, MachineSpec, Arguments):
@@ -111,6 +112,15 @@ class DatastoreGive(Arguments):
 
     name: DatastoreName
     to: NodeId
+
+
+class DatastoreAppoint(Arguments):
+    """Lets these nodes convert the disks of a datastore on shared storage, and no others besides its owner."""
+
+    verb: ClassVar[str] = "datastore-appoint"
+
+    name: DatastoreName
+    nodes: Annotated[list[NodeId], Field(max_length=MAX_CONVERTERS)]
 
 
 class DatastoreTake(Arguments):
@@ -207,6 +217,7 @@ ARGUMENTS: Mapping[str, type[Arguments]] = {
         Scan,
         DatastoreAdd,
         DatastoreRemove,
+        DatastoreAppoint,
         DatastoreGive,
         DatastoreTake,
         PolicySet,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Convert,
         ConvertMachine,
         DatastoreAdd,
+        DatastoreAppoint,
         DatastoreGive,
         DatastoreRemove,
         DatastoreTake,
@@ -60,6 +61,7 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
         "scan": _scan,
         "datastore-add": _add_datastore,
         "datastore-remove": _remove_datastore,
+        "datastore-appoint": _appoint,
         "datastore-give": _give_datastore,
         "datastore-take": _take_datastore,
         "policy-set": _set_policy,
@@ -120,6 +122,8 @@ def _convert(context: Context, request: IncomingRequest, wanted: Convert) -> Out
     before = context.get(context.node, "job", identifier)
     if before:
         return _again(before, "disk", wanted.disk, wanted.format)
+    if wanted.of not in (None, context.node):
+        return _convert_for(context, request, identifier, wanted, str(wanted.of))
     disk = DiskBody.model_validate(_own(context, "disk", wanted.disk).body)
     if disk.problem:
         raise Refusal(f"disk {wanted.disk} cannot be read: {disk.problem}")
@@ -128,6 +132,29 @@ def _convert(context: Context, request: IncomingRequest, wanted: Convert) -> Out
     _refuse_trap(policy, disk.name, wanted)
     source = {"disk": wanted.disk, "source": disk.name, "datastore": disk.datastore}
     return _queued(context, request, identifier, wanted, source | wanted.spec() | _ruled(policy, wanted))
+
+
+def _convert_for(context: Context, request: IncomingRequest, identifier: str, wanted: Convert, of: str) -> Outcome:
+    """Returns the outcome of a conversion of another node's disk, on storage that both see, by the rules of both."""
+    from vmconv_fleet.catalogue.appointing import own_datastore
+    from vmconv_fleet.catalogue.kinds import DiskBody
+
+    record = context.get(of, "disk", wanted.disk)
+    if record is None:
+        raise Refusal(f"disk {wanted.disk} of node {of} is not known here")
+    disk = DiskBody.model_validate(record.body)
+    if disk.problem:
+        raise Refusal(f"disk {wanted.disk} cannot be read: {disk.problem}")
+    mine = own_datastore(context, context.node, of, record.body)
+    if wanted.target_datastore is not None or not wanted.keep_source:
+        raise Refusal("for another node a target is made beside its source, which stays", hint="ask the owner")
+    rules, policy = policy_of(of, context), policy_of(context.node, context)
+    refuse_ruled_out(rules, wanted.format, keep_source=True)
+    _refuse_format(context, policy, wanted.format)
+    _refuse_trap(rules, disk.name, wanted)
+    fields = wanted.spec() | _ruled(rules, wanted) | _ruled(policy, wanted)
+    source = {"disk": wanted.disk, "of": of, "source": disk.name, "datastore": mine}
+    return _queued(context, request, identifier, wanted, fields | source)
 
 
 def _convert_machine(context: Context, request: IncomingRequest, wanted: ConvertMachine) -> Outcome:
@@ -161,7 +188,7 @@ def _queued(
     """Returns the outcome of a permitted conversion: a new job with these fields."""
     from vmconv_fleet.catalogue.kinds import JobBody, Principal
 
-    for name in (fields["datastore"], wanted.target_datastore):
+    for name in () if "of" in fields else (fields["datastore"], wanted.target_datastore):
         if name is not None:
             _refuse_of_another(context, name)
     _refuse_windows(context, fields)
@@ -170,6 +197,9 @@ def _queued(
     by = Principal.model_validate(request.by)
     # Disks name others as their parents, also those in datastores that are not the caller's.
     within = rights_of(by, context, context.now).only_in(context.node, VERBS[request.verb])
+    if within is not None and "of" in fields:
+        # The caller's rights are those in the owner's datastore, which is this one.
+        within = [fields["datastore"]]
     groups = groups_of(by, context)
     body = JobBody(state="queued", created_ms=context.now, by=by, within=within, groups=groups, **fields)
     return Outcome([Change("job", identifier, body.stated())], {"job": identifier})
@@ -295,6 +325,15 @@ def _give_datastore(context: Context, _request: IncomingRequest, wanted: Datasto
         raise Refusal(f"{count} jobs in datastore {wanted.name} have not ended")
     changed = {**record.body, "give_to": wanted.to, "scan_asked_ms": context.now}
     return Outcome([Change("datastore", wanted.name, changed)], {"datastore": there[0]})
+
+
+def _appoint(context: Context, _request: IncomingRequest, wanted: DatastoreAppoint) -> Outcome:
+    record = _own(context, "datastore", wanted.name)
+    owner = record.body.get("owner")
+    if owner != context.node:
+        raise Refusal(f"datastore {wanted.name} is not this node's to convert: it belongs to {owner or 'no node'}")
+    nodes = sorted({*wanted.nodes} - {context.node})
+    return Outcome([Change("datastore", wanted.name, {**record.body, "converters": nodes})], {"converters": nodes})
 
 
 def _take_datastore(context: Context, _request: IncomingRequest, wanted: DatastoreTake) -> Outcome:

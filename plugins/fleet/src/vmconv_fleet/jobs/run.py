@@ -14,10 +14,12 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vmconv_fleet.catalogue.appointing import own_datastore
 from vmconv_fleet.catalogue.windows import WindowError, parsed, windows_of
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
+from vmconv_fleet.jobs.policy import policy_of
 from vmconv_fleet.jobs.task import Task
 from vmconv_fleet.jobs.throttle import Bandwidth
 from vmconv_fleet.replication.clock import wall_ms
@@ -147,36 +149,40 @@ class Run:
         node, view = self._service.node, self._service.view()
         roots = {one.id: str(one.body["path"]) for one in view.find("datastore", node)}
         kind, identifier = ("disk", job.disk) if job.vm is None else ("vm", job.vm)
-        source = view.get(node, kind, identifier or "")
+        source = view.get(job.of or node, kind, identifier or "")
         if source is None:
             raise Refusal(f"{kind} {identifier} no longer exists")
         if problem := source.body.get("problem"):
             raise Refusal(f"{kind} {identifier} cannot be read: {problem}")
-        for name in (source.body["datastore"], job.target_datastore):
+        datastore, owners, naming = str(source.body["datastore"]), [node], self._policy.naming
+        if job.of is not None:
+            datastore, owners = own_datastore(view, node, job.of, source.body), [job.of]
+            naming = policy_of(job.of, view).naming
+        for name in (datastore, job.target_datastore):
             if name is not None and name not in roots:
                 raise Refusal(f"datastore {name} no longer exists")
             if name is not None:
-                _refuse_of_another(roots[name], node)
+                _refuse_of_another(roots[name], owners)
         within = _still_allowed(node, job, view, self._policy)
         # A directory on the way to the source may be a datastore of another node.
         own = source.body.get("name") or source.body["file"]
-        _refuse_of_another(os.path.dirname(os.path.join(os.path.realpath(roots[source.body["datastore"]]), own)), node)
+        _refuse_of_another(os.path.dirname(os.path.join(os.path.realpath(roots[datastore]), own)), owners)
         usable = roots if within is None else {name: roots[name] for name in within if name in roots}
         _refuse_unknown_zones(windows_of(body, {"between": self._policy.between}))
         return Task(
             job=self._job,
-            root=roots[source.body["datastore"]],
+            root=roots[datastore],
             name=source.body["file" if job.vm else "name"],
             roots=list(usable.values()),
             format=job.format,
             options=job.options,
             target=job.target,
             target_root=roots[job.target_datastore] if job.target_datastore else None,
-            naming=self._policy.naming,
+            naming=naming,
             zero_copy="require" if self._policy.zero_copy == "require" else job.zero_copy,
             journal=self._journal.path,
             dry_run=job.dry_run,
-            removable=not job.keep_source and job.vm is None and not self._is_parent(job.disk),
+            removable=not job.keep_source and job.vm is None and job.of is None and not self._is_parent(job.disk),
             is_machine=job.vm is not None,
             disk_format=job.disk_format,
             disk_options=job.disk_options,
@@ -305,13 +311,13 @@ def _refuse_unknown_zones(windows: Sequence[str]) -> None:
         raise Refusal(str(exc)) from exc
 
 
-def _refuse_of_another(root: str, node: str) -> None:
-    """Raises Refusal if the storage belongs to another node by now."""
+def _refuse_of_another(root: str, owners: Sequence[str]) -> None:
+    """Raises Refusal if the storage belongs to another node than these by now."""
     from vmconv.plugin import AccessError
     from vmconv_fleet.catalogue.sharing import refuse_unless_owner
 
     try:
-        refuse_unless_owner(root, node)
+        refuse_unless_owner(root, *owners)
     except AccessError as exc:
         raise Refusal(str(exc)) from exc
 

@@ -30,9 +30,9 @@ def openable(node: str, job: JobBody, records: Records, policy: ConversionPolicy
         return job.within
     verb = "convert-machine" if job.vm else "convert"
     rights = _rights(job, job.by, records)
-    arguments = {"disk": job.disk, "vm": job.vm, "target_datastore": job.target_datastore}
+    arguments = {"disk": job.disk, "of": job.of, "vm": job.vm, "target_datastore": job.target_datastore}
     refuse_unless_allowed(verb, node, job.by, records, job.created_ms, arguments=arguments, rights=rights)
-    return _both(job.within, rights.only_in(node, VERBS[verb]))
+    return job.within if job.of else _both(job.within, rights.only_in(node, VERBS[verb]))
 
 
 def _rights(job: JobBody, by: Principal, records: Records) -> Rights:

@@ -55,28 +55,38 @@ def rights_in(granted: Granted) -> Rights:
     return Rights(granted.role, granted.datastores)
 
 
-def datastores_of(verb: str, node: str, arguments: Mapping[str, Any], records: Records) -> list[str]:
-    """Returns the names of the node's datastores that an act concerns; none if it concerns the whole node.
+class Place(NamedTuple):
+    """A datastore of a node, by the node's id and its name there."""
+
+    node: str
+    datastore: str
+
+
+def datastores_of(verb: str, node: str, arguments: Mapping[str, Any], records: Records) -> list[Place]:
+    """Returns the datastores that an act concerns; none if it concerns the whole node.
 
     The arguments may be anything: they are not checked yet.
     """
     if verb in _NAMING:
-        return _names(arguments, _NAMING[verb])
+        return [Place(node, name) for name in _names(arguments, _NAMING[verb])]
     kind, argument = _CONCERNING.get(verb, ("", ""))
-    identifier = arguments.get(argument)
-    record = records.get(node, kind, identifier) if isinstance(identifier, str) else None
+    identifier, of = arguments.get(argument), arguments.get("of")
+    # A disk of another node is converted with its owner's rights, which the node that does it cannot give.
+    owner = of if isinstance(of, str) else node
+    record = records.get(owner, kind, identifier) if isinstance(identifier, str) else None
     if record is None:
         return []
     return [
-        *_names(record.body, "datastore"),
-        *_names(record.body, "target_datastore"),
-        *_names(arguments, "target_datastore"),
+        *(Place(owner, name) for name in _names(record.body, "datastore")),
+        *(Place(node, name) for name in _names(record.body, "target_datastore")),
+        *(Place(node, name) for name in _names(arguments, "target_datastore")),
     ]
 
 
 _NAMING = {
     "scan": "datastore",
     "datastore-remove": "name",
+    "datastore-appoint": "name",
     "datastore-give": "name",
     "datastore-take": "name",
 }

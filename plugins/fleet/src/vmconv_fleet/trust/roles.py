@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import AccessError
 from vmconv_fleet.trust.groups import refuse_impostor, rights_of_person
-from vmconv_fleet.trust.rights import Records, Rights, allows, datastores_of, rights_in
+from vmconv_fleet.trust.rights import Place, Records, Rights, allows, datastores_of, rights_in
 
 if TYPE_CHECKING:
     from vmconv_fleet.catalogue.kinds import Principal, TokenBody
@@ -25,6 +25,7 @@ VERBS: Mapping[str, Role] = {
     "scan": "operator",
     "datastore-add": "admin",
     "datastore-remove": "admin",
+    "datastore-appoint": "admin",
     "datastore-give": "admin",
     "datastore-take": "admin",
     "policy-set": "admin",
@@ -118,7 +119,7 @@ def refuse_unless_allowed(
     _refuse_strangers(verb, target, by, records, governs=verb in GOVERNING or _GOVERNING_RULE in arguments)
     rights = rights_of(by, records, now_ms) if rights is None else rights
     places = datastores_of(verb, target, arguments, records)
-    if not allows(rights.role, needed) and not (places and all(rights.allow(needed, target, one) for one in places)):
+    if not allows(rights.role, needed) and not (places and all(rights.allow(needed, *one) for one in places)):
         raise AccessError(
             f"{_act(verb, places, rights)} needs the role {needed}, {by.user or by.token} has {rights.role}"
         )
@@ -126,9 +127,10 @@ def refuse_unless_allowed(
         raise AccessError(f"{verb} is for the local administrator of the node alone")
 
 
-def _act(verb: str, places: Sequence[str], rights: Rights) -> str:
+def _act(verb: str, places: Sequence[Place], rights: Rights) -> str:
     """Returns the act in words, with the datastores if the caller's rights depend on them."""
-    return f"{verb} in {' and '.join(dict.fromkeys(places))}" if places and rights.datastores else verb
+    names = dict.fromkeys(place.datastore for place in places)
+    return f"{verb} in {' and '.join(names)}" if places and rights.datastores else verb
 
 
 def _accepted(policy: Record) -> list[str] | None:
