@@ -27,6 +27,7 @@ from vmconv.model.options import describe
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ROOT / "docs/reference/commands.md"
+QEMU_IMG = ROOT / "docs/qemu-img.md"
 FORMATS = ROOT / "docs/reference/formats.md"
 MACHINES = ROOT / "docs/reference/machines.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
@@ -153,6 +154,9 @@ def manual() -> dict[Path, dict[str, str]]:
         owner = installed().owners.get(("command", name.removesuffix(".1").partition("-")[2]), "vmconv")
         home = ROOT / "core" if owner == "vmconv" else ROOT / "plugins" / owner.removeprefix("vmconv-")
         folders.setdefault(home / "man", {})[name] = text
+    chapter = QEMU_IMG.read_text().partition("\n## A front end that answers as qemu-img\n")[2].partition("\n## ")[0]
+    front = manpages.front_end(chapter, versions.current_version(ROOT), date)
+    folders[ROOT / "core/man"]["vmconv-qemu-img.1"] = front
     return folders
 
 

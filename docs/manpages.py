@@ -24,6 +24,51 @@ def pages(
     return found
 
 
+def front_end(chapter: str, version: str, date: str) -> str:
+    """Returns the page of `vmconv-qemu-img`, from its chapter of the page on qemu-img."""
+    found: dict[str, list[str]] = {"DESCRIPTION": []}
+    heading = "DESCRIPTION"
+    for part in re.split(r"\n\s*\n", chapter.strip()):
+        first, *lines = part.splitlines()
+        if first.startswith("### "):
+            found[heading := first.removeprefix("### ").upper()] = []
+        elif first.startswith("| "):
+            title = "ENVIRONMENT" if _cells(first)[0] == "variable" else "COMMANDS"
+            found[title] = [block for line in lines[1:] for block in _row(_cells(first), line)]
+        elif first.startswith("```"):
+            found[heading] += [".PP", ".nf", *map(_verbatim, lines[:-1]), ".fi"]
+        elif first.startswith("- "):
+            for item in re.split(r"\n- ", part.removeprefix("- ")):
+                found[heading] += [".IP \\(bu 2", *_paragraphs(_plain(item))]
+        else:
+            found[heading] += [*([".PP"] if found[heading] else []), *_paragraphs(_plain(part))]
+    blocks = [".SH SYNOPSIS", "\\fBvmconv\\-qemu\\-img\\fR \\fICOMMAND\\fR [\\fIARGUMENTS\\fR]"]
+    for title, texts in found.items():
+        blocks += [f".SH {_text(title)}", *texts]
+    blocks += _see_also(["qemu-img", "vmconv"])
+    return _page("vmconv-qemu-img", blocks, f'{date} "vmconv {version}"', "answers as qemu-img, sharing payload")
+
+
+def _row(titles: list[str], line: str) -> Iterator[str]:
+    """Yields the blocks of a row of a table: the first cell, and what the others say about it."""
+    name, *texts = _cells(line)
+    yield from (".TP", f"\\fB{_text(name)}\\fR")
+    if len(texts) == 1:
+        yield _line(texts[0])
+        return
+    said = [f"{title[0].upper()}{title[1:]}: {text}." for title, text in zip(titles[1:], texts, strict=True)]
+    yield "\n".join(map(_line, said))
+
+
+def _cells(line: str) -> list[str]:
+    return [_plain(cell.strip()) for cell in line.strip("| ").split(" | ")]
+
+
+def _plain(text: str) -> str:
+    """Returns text without the marks of Markdown."""
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("**", "")
+
+
 def _page(name: str, blocks: list[str], source: str, summary: str) -> str:
     head = [
         '.\\" Written by docs/generate.py from the parsers. Do not edit.',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -27,7 +28,19 @@ def test_pages_equal_the_output_of_the_script() -> None:
 
 
 def test_each_command_has_a_page() -> None:
-    assert {path.name for path in PAGES} == {"vmconv.1", *(f"vmconv-{name}.1" for name in generate.own_commands())}
+    programs = {"vmconv.1", "vmconv-qemu-img.1"}
+    assert {path.name for path in PAGES} == programs | {f"vmconv-{name}.1" for name in generate.own_commands()}
+
+
+def test_the_front_ends_page_has_its_verbs_and_variables() -> None:
+    from vmconv.cli.qemu_img import arguments, handing
+
+    (page,) = (path for path in PAGES if path.name == "vmconv-qemu-img.1")
+    text = shown(page)
+    for name in (*arguments.GRAMMARS, handing.LOG, handing.REAL, handing.VERBS):
+        assert re.search(rf"^\s+(?:\w+, )*{name}\b", text, re.MULTILINE), name
+    for title in ("COMMANDS", "ENVIRONMENT", "DIFFERENCES THAT REMAIN", "SEE ALSO"):
+        assert f"\n{title}\n" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

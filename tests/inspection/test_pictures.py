@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -18,7 +19,9 @@ from hypothesis import strategies as st
 import vmconv
 from support.disks import MIB, QemuImg, make_disk, qemu_io
 from vmconv.cli.main import main
+from vmconv.inspect import strips
 from vmconv.inspect.strips import Category, Ranges, strip
+from vmconv.model.sources import File
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,11 +59,48 @@ def test_a_strip_shows_what_a_model_of_bytes_shows(space: tuple[list[int], int])
         assert counts[shown] * 2 == size or bool(found.full[part]) == (counts[shown] * 2 > size)
 
 
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30), st.integers(0, 2)), max_size=8))
+def test_what_several_ranges_have_counts_once(rows: list[tuple[int, int, int]]) -> None:
+    columns = zip(*rows or [(0, 0, 0)], strict=True)
+    found = strips._once(Ranges(*(np.array(column, dtype=np.int64) for column in columns)))
+    owner: dict[int, int] = {}
+    # The first range that reaches a byte has it, of those with the same start the one that was named first.
+    for start, length, category in sorted(rows, key=lambda row: row[0]):
+        for at in range(start, start + length):
+            if at > max(owner, default=-1):
+                owner[at] = category
+    shown = {
+        at: category
+        for start, length, category in zip(*(column.tolist() for column in found), strict=True)
+        for at in range(start, start + length)
+    }
+    assert shown == owner
+    assert int(found.length.sum()) == len(owner)
+    assert not len(found.length) or int(found.length.min()) > 0 or not rows
+
+
+@pytest.mark.parametrize("size", [1 << 40, (1 << 62) - 4096, 3 << 33])
+@pytest.mark.parametrize("parts", [7, 940, 4000])
+def test_rounding_shows_no_payload_where_there_is_none(size: int, parts: int) -> None:
+    """The first category of a file is payload: its share is what the others leave."""
+    rest, hole = Category("metadata", "rest"), Category("hole", "hole", payload=False)
+    ranges = Ranges(np.array([size // 3]), np.array([size - size // 3]), np.array([1]))
+    found = strip("", size, ranges, (rest, hole), parts)
+    first = -(-parts // 3)
+    assert found.category[: parts // 3].tolist() == [0] * (parts // 3)
+    assert found.category[first:].tolist() == [1] * (parts - first)
+    assert found.bytes == (size // 3, size - size // 3)
+
+
 def picture(directory: Path, command: str, *arguments: object, suffix: str = ".svg") -> str:
     path = directory / f"{command}{suffix}"
     path.unlink(missing_ok=True)
     assert main([command, "--picture", str(path), *map(str, arguments)]) == 0
     return path.read_text()
+
+
+def texts(text: str) -> list[ET.Element]:
+    return list(ET.fromstring(text).iter(f"{SVG}text"))
 
 
 def legend(text: str) -> list[str]:
@@ -83,6 +123,33 @@ def test_the_sums_are_those_of_the_disk(chain: Path, tmp_path: Path) -> None:
     text = picture(tmp_path, "map", chain)
     assert "2 MiB payload of top.qcow2" in legend(text) and "3 MiB payload of base.raw" in legend(text)
     assert "1 MiB zero" not in legend(text) and "59 MiB zero" in legend(text)
+
+
+def test_what_is_not_allocated_is_no_zero(tmp_path: Path, qemu_img: QemuImg) -> None:
+    path = tmp_path / "layer.qcow2"
+    qemu_img("create", "-f", "qcow2", path, "64M")
+    qemu_io(path, "write -P 7 16M 2M", "write -z 8M 1M")
+    assert {"61 MiB not allocated, reads as zero", "1 MiB zero"} <= set(legend(picture(tmp_path, "map", path)))
+
+
+def test_the_extents_of_a_file_are_counted(xfs_dir: Path) -> None:
+    disk = xfs_dir / "disk.raw"
+    with disk.open("wb") as file:
+        for at in (0, 8 * MIB, 20 * MIB):
+            file.seek(at)
+            file.write(b"x" * MIB)
+    assert any(
+        "disk.raw, 3 extents on storage" in (element.text or "") for element in texts(picture(xfs_dir, "map", disk))
+    )
+
+
+def test_a_device_has_no_holes(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", MIB)
+    with disk.open("rb") as opened:
+        file = File(str(disk), os.dup(opened.fileno()))
+        file.is_device = True
+        assert [len(column) for column in strips._holes(file)] == [0, 0, 0]
+        file.close()
 
 
 def test_compressed_payload_is_hatched(chain: Path, tmp_path: Path, qemu_img: QemuImg) -> None:

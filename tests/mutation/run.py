@@ -187,6 +187,34 @@ ROOMS: dict[str, Room] = {
         tuple(f"plugins/memory/src/vmconv_memory/{part}.py" for part in _RAM),
         tuple(f"tests/memory/test_{name}.py" for name in ("layouts", "streams", "matrix", "kits")),
     ),
+    "commit": _core("syncing/commit syncing/replacing", "commit"),
+    "rebase": _core("syncing/rebase conversion/rebasing", "rebase rebase_unsafe"),
+    "edits": Room(
+        (
+            *(f"{CORE}/conversion/{name}.py" for name in ("editing", "snapshots", "bitmaps", "repairing", "resizing")),
+            *(f"plugins/qcow2/src/vmconv_qcow2/{name}.py" for name in ("snapshots", "bitmap_edits", "repair")),
+        ),
+        (
+            *(f"tests/formats/qcow2/test_{name}.py" for name in ("snapshots", "snapshot_names", "bitmap_edits")),
+            "tests/formats/shared/test_repair.py",
+            "tests/inplace/test_resize.py",
+        ),
+    ),
+    "refcounts": Room(
+        ("plugins/qcow2/src/vmconv_qcow2/refcounts.py",),
+        (
+            "tests/formats/qcow2/test_writer.py",
+            "tests/formats/shared/test_repair.py",
+            "tests/formats/qcow2/test_snapshots.py",
+            "tests/formats/shared/test_check.py",
+        ),
+    ),
+    "packing": Room(
+        ("plugins/qcow2/src/vmconv_qcow2/packing.py", f"{CORE}/conversion/encoded.py"),
+        ("tests/formats/qcow2/test_compressing.py",),
+    ),
+    "batch": _core("conversion/batch", "batch"),
+    "zeros": _core("conversion/zeros", "zeros"),
     "syncing": Room((f"{CORE}/syncing/*.py",), ("tests/syncing",)),
     "guest": Room((f"{CORE}/guest/*.py",), ("tests/machine/guest", "tests/machine/test_guests.py")),
     "vma": Room(("plugins/vma/src/vmconv_vma/*.py",), ("tests/machine/vma",)),

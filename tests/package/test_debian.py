@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -78,18 +79,44 @@ def test_lintian_finds_nothing(package: Path) -> None:
     run("lintian", "--allow-root", "--fail-on", "error,warning", changes)
 
 
-def test_what_is_installed_converts(package: Path, tmp_path: Path) -> None:
-    """The package's files are laid over /usr for these commands alone."""
-    run("dpkg-deb", "--extract", package, tmp_path / "root")
-    (tmp_path / "disk.img").write_bytes(b"payload!" * 512)
-    commands = (
-        f"mount -t overlay overlay -o lowerdir={tmp_path}/root/usr:/usr /usr",
+def test_what_apt_installs_works_and_can_be_removed(package: Path, tmp_path: Path) -> None:
+    """Apt installs the package into a copy of this system that only these commands see, and that goes with them."""
+    oracle_program("apt-get")
+    shutil.copy(package, tmp_path / "vmconv.deb")
+    disk, made, again = (tmp_path / name for name in ("disk.img", "disk.vhdx", "again.qcow2"))
+    inside = (
+        f"apt-get install -qq -y --no-install-recommends --no-download {tmp_path}/vmconv.deb > {tmp_path}/apt 2>&1",
+        "dpkg-query --show --showformat '${db:Status-Status}\\n' vmconv",
         "ls /usr/lib/vmconv/lib/python3*/site-packages",
-        f"vmconv convert {tmp_path}/disk.img {tmp_path}/disk.vhdx",
-        f"vmconv compare {tmp_path}/disk.img {tmp_path}/disk.vhdx",
-        "man -w vmconv vmconv-mount",
+        f"vmconv convert {disk} {made}",
+        f"vmconv compare {disk} {made}",
+        "ln -s /usr/bin/vmconv-qemu-img /usr/local/bin/qemu-img",
+        f"VMCONV_QEMU_IMG_LOG=/dev/stdout qemu-img create -f qcow2 {again} 1M",
+        f"VMCONV_QEMU_IMG_LOG=/dev/stdout qemu-img check {again}",
+        "man -w vmconv vmconv-mount vmconv-qemu-img",
+        f"apt-get purge -qq -y vmconv > {tmp_path}/apt 2>&1",
+        "for path in /usr/lib/vmconv /usr/bin/vmconv*; do if [ -e $path ]; then echo left: $path; fi; done",
     )
-    listed = run("unshare", "--mount", "sh", "-ec", "export PATH=/usr/bin:/bin; " + "; ".join(commands)).split()
-    for path in DISTRIBUTIONS:
-        name = "vmconv" if path.name == "core" else f"vmconv_{path.name}"
-        assert (name in listed) == (path.name not in ("fleet", "swift")), name
+    disk.write_bytes(b"payload!" * 512)
+    path = "export PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+    (tmp_path / "inside.sh").write_text("\n".join(("set -e", path, *inside)))
+    outside = (
+        f"cd {tmp_path / 'layer'}",
+        "mount -t tmpfs tmpfs .",
+        "cd $PWD",
+        "mkdir upper work root",
+        "mount -t overlay overlay -o lowerdir=/,upperdir=upper,workdir=work root",
+        "mount -t proc proc root/proc",
+        "mount -t devtmpfs devtmpfs root/dev",
+        f"chroot root sh {tmp_path}/inside.sh",
+    )
+    (tmp_path / "layer").mkdir()
+    listed = run("unshare", "--mount", "sh", "-ec", "\n".join(outside)).split("\n")
+    assert listed[0] == "installed"
+    for folder in DISTRIBUTIONS:
+        name = "vmconv" if folder.name == "core" else f"vmconv_{folder.name}"
+        assert (name in listed) == (folder.name not in ("fleet", "swift")), name
+    assert f"vmconv: create -f qcow2 {again} 1M" in listed
+    # Another qemu-img, and not the link, answers the rest.
+    assert any(re.fullmatch(r"/usr/s?bin/qemu-img: check .*", line) for line in listed)
+    assert not [line for line in listed if line.startswith("left: ")]

@@ -21,10 +21,6 @@ LAYERS = 6
 """Colours of layers; those further down begin again with the first."""
 
 
-_LEAST = 1e-3
-"""Bytes, or parts of one, that are nothing."""
-
-
 class Category(NamedTuple):
     """What a range is: `look` names its colour and pattern, `payload` that it never vanishes beside larger ranges."""
 
@@ -79,11 +75,9 @@ def strip(title: str, size: int, ranges: Ranges, categories: Sequence[Category],
         covered[index] = np.diff(_covered_before(edges, start, length))
     sums[0] += size - sum(sums)
     covered[0] += size / parts - covered.sum(axis=0)
-    # Of rounding.
-    covered[covered < _LEAST * min(1, size / parts)] = 0
     weight = covered.copy()
     payload = np.array([category.payload for category in categories])
-    # A megabyte in a disk of a terabyte would not be seen otherwise.
+    # A megabyte in a disk of a terabyte would not be seen otherwise. What rounding leaves is less than a part in 10^12.
     weight[~payload] *= np.where(covered[payload].sum(axis=0) > 0, 1e-9, 1.0)
     best = weight.argmax(axis=0).astype(np.uint8)
     full = covered[best, np.arange(parts)] * 2 * parts >= size
@@ -171,8 +165,10 @@ def _of_file(
     shown = sorted(set(payload.category.tolist()))
     payload = payload._replace(category=np.searchsorted(shown, payload.category) + 2)
     ranges = _in_order(_once(payload), _holes(file))
-    extents = int((PhysicalMap(encoded=True).apply(Extents.whole(file)).kind == Kind.DATA).sum())
-    title = f"{file.name}, {counted(extents, 'extent')} on storage"
+    table = PhysicalMap(encoded=True).apply(Extents.whole(file))
+    # Holes, and what has no address, keep their window onto the file.
+    extents = int(np.isin(table.source, [index for index, one in enumerate(table.sources) if one is not file]).sum())
+    title = f"{file.name}, {counted(extents, 'extent')} on storage" if extents else file.name
     return strip(title, file.size, ranges, [*others, *(categories[one] for one in shown)], parts)
 
 
