@@ -28,6 +28,43 @@ BY_QEMU: dict[str, tuple[str, ...]] = {}
 
 ACCEPTED = (
     Accepted(
+        r"^[-+]    \(\d+\.\d\d/100%\)$",
+        "progress before the end: payload is shared in one step, and copied in larger ones",
+        ("086",),
+    ),
+    Accepted(
+        r"^-(Header extension:|magic +0x6803f857 \(Feature table\)|length +(384|336)|data +<binary>)?$"
+        r"|^\+No such header extension$",
+        "vmconv writes no table of the names of features into qcow2 headers",
+        ("031", "036", "061"),
+        ("qcow2",),
+    ),
+    Accepted(
+        r"^[-+](0|0x[0-9a-f]+) +0x[0-9a-f]+ +TEST_DIR/",
+        "the table of `map`: rebase takes no clusters that are equal in both parents, and a commit places payload elsewhere",
+        ("024", "097"),
+        ("qcow2",),
+    ),
+    Accepted(
+        r"^[-+](Successfully reused|Failed to reuse) original clusters|^\+(Original|New) map:|^\+[\[ ]*\{ ",
+        "map shows holes of the file where they are; QEMU only if the file has allocated less than the image counts",
+        ("066",),
+        ("qcow2",),
+    ),
+    Accepted(
+        r"L1 table is too small|^\+(image|file format|virtual size|cluster_size|Snapshot list|ID +TAG|1 +foo)\b",
+        "info describes an image by its header, and the L1 table is looked at when its disk is read",
+        ("080",),
+        ("qcow2",),
+    ),
+    Accepted(
+        r"Could not create snapshot 'foo': -22|^-Leaked cluster|^-$|leaked clusters were found|^-This means waste|"
+        r"^\+No errors were found",
+        "a snapshot counts references anew, and so repairs a wrong refcount instead of failing at it",
+        ("112",),
+        ("qcow2",),
+    ),
+    Accepted(
         "^.disk image file size in bytes: ",
         "payload of a VDI that vmconv makes begins at 1 MiB, where blocks can be shared",
         ("084",),

@@ -16,7 +16,17 @@ from support.requirements import missing
 
 PROGRAM = str(Path(sys.executable).with_name("vmconv-qemu-img"))
 
-SAMPLE = {"qcow2": ("004", "009", "021"), "qed": ("004", "111"), "vmdk": ("010",)}
+SAMPLE = {
+    "parallels": ("011",),
+    "qcow2": ("004", "009", "021"),
+    "qed": ("004", "111"),
+    "raw": ("106",),
+    "vdi": ("084",),
+    "vhdx": ("009",),
+    "vmdk": ("010",),
+    "vpc": ("002",),
+}
+"""Of each format, tests that take seconds."""
 
 
 @pytest.fixture(scope="module")

@@ -398,7 +398,9 @@ def test_a_bad_snapshot_table_is_found_by_the_check_and_hinders_nothing_else(
 
 
 @pytest.mark.malformed
-@pytest.mark.parametrize("table", [{"l1_offset": END}, {"l1_offset": 512}, {"l1_size": 0}, {"l1_offset": HUGE}])
+@pytest.mark.parametrize(
+    "table", [{"l1_offset": END}, {"l1_offset": 512}, {"l1_size": 0}, {"l1_size": 1 << 28}, {"l1_offset": HUGE}]
+)
 def test_a_snapshot_with_a_bad_l1_table_cannot_be_converted(
     write: Callable[[bytes], Path], table: dict[str, Any]
 ) -> None:

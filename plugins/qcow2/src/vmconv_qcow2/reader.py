@@ -52,6 +52,9 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     if snapshot is not None:
         chosen = _snapshot(header, snapshot)
         size, l1_offset, l1_size = chosen.disk_size, chosen.l1_offset, chosen.l1_size
+        if l1_size * 8 > structs.MAX_L1_BYTES:
+            most = structs.MAX_L1_BYTES // 8
+            raise ImageError(f"{file.name}: snapshot {snapshot!r}: an L1 table of {l1_size} entries, {most} at most")
     payload = file
     encryption = _encryption(header, opener)
     if header.incompatible & structs.EXTERNAL_DATA:
