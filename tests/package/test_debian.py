@@ -85,7 +85,7 @@ def test_what_apt_installs_works_and_can_be_removed(package: Path, tmp_path: Pat
     shutil.copy(package, tmp_path / "vmconv.deb")
     disk, made, again = (tmp_path / name for name in ("disk.img", "disk.vhdx", "again.qcow2"))
     inside = (
-        f"apt-get install -qq -y --no-install-recommends --no-download {tmp_path}/vmconv.deb > {tmp_path}/apt 2>&1",
+        f"apt-get install -qq -y --no-install-recommends {tmp_path}/vmconv.deb > {tmp_path}/apt 2>&1",
         "dpkg-query --show --showformat '${db:Status-Status}\\n' vmconv",
         "ls /usr/lib/vmconv/lib/python3*/site-packages",
         f"vmconv convert {disk} {made}",
@@ -107,7 +107,7 @@ def test_what_apt_installs_works_and_can_be_removed(package: Path, tmp_path: Pat
         "mkdir upper work root",
         "mount -t overlay overlay -o lowerdir=/,upperdir=upper,workdir=work root",
         "mount -t proc proc root/proc",
-        "mount -t devtmpfs devtmpfs root/dev",
+        "mount --rbind /dev root/dev",
         f"chroot root sh {tmp_path}/inside.sh",
     )
     (tmp_path / "layer").mkdir()

@@ -41,7 +41,7 @@ ACCEPTED = (
     ),
     Accepted(
         r"^[-+](0|0x[0-9a-f]+) +0x[0-9a-f]+ +TEST_DIR/",
-        "the table of `map`: rebase takes no clusters that are equal in both parents, and a commit places payload elsewhere",
+        "rows of `map`: rebase takes no clusters that are equal in both parents, and commit places payload elsewhere",
         ("024", "097"),
         ("qcow2",),
     ),
