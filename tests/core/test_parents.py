@@ -258,3 +258,15 @@ def test_a_lost_parent_has_a_hint(disk: Path) -> None:
     with pytest.raises(AccessError) as caught:
         vmconv.convert(child, disk.parent / "new.raw")
     assert "--parent FILE" in (caught.value.hint or "")
+
+
+@pytest.mark.malformed
+def test_a_search_that_takes_long_is_ended(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, child = chain(disk, "vmdk")
+    base.rename(base.with_name("renamed.vmdk"))
+    monkeypatch.setattr("vmconv.io.opener.MAX_SEARCH_SECONDS", -1.0)
+    with pytest.raises(ImageError, match="search for its parent has ended") as caught:
+        vmconv.convert(child, disk.parent / "new.raw")
+    assert "--parent" in (caught.value.hint or "")
+    # A parent under its name needs no search.
+    vmconv.convert(child, disk.parent / "new.raw", parents=[base.with_name("renamed.vmdk")])

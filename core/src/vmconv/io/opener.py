@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -39,6 +40,9 @@ MAX_CHAIN_DEPTH = 200
 
 MAX_SEARCHED = 1000
 """Files that are opened to find a parent by identity."""
+
+MAX_SEARCH_SECONDS = 10.0
+"""Time for that: what a file costs to read is decided by whoever wrote it."""
 
 STANDARD_INPUT = "-"
 """The name of a source that is a pipe, or whatever the shell has opened."""
@@ -466,12 +470,18 @@ class Opener:
     ) -> str | None:
         """Returns the only file that `search` yields and `refusal` has no error for, or None.
 
-        Raises `ImageError` if there are two.
+        Raises `ImageError` if there are two, or if looking at the files takes too long.
         """
         one = self.registry.format(format_name)
         found: list[str] = []
+        end = time.monotonic() + MAX_SEARCH_SECONDS
         for suffix in suffixes:
             for path, file in self.search(origin, suffix):
+                if time.monotonic() > end:
+                    raise ImageError(
+                        f"{origin.name}: the search for its parent has ended after {MAX_SEARCH_SECONDS:g} seconds",
+                        hint="--parent names it",
+                    )
                 try:
                     fits = refusal(self._read(one, file)) is None
                 except VmconvError:
