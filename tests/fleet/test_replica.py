@@ -401,6 +401,18 @@ def test_a_node_recovers_its_own_records_before_it_writes() -> None:
     assert _agree(again, other)
 
 
+def test_records_that_are_announced_and_never_sent_delay_a_start_and_do_not_prevent_it() -> None:
+    fleet, liar = Fleet(), node_id(5)
+    one = fleet.add(0, patience=3000)
+    one.replica.connected(liar)
+    digest = Digest({one.id: Summary(Position(1 << 50, 9), "0" * 16)}, True)
+    one.replica.received(liar, messages.encode(digest))
+    fleet.flow(29_900)
+    assert not one.replica.serving
+    fleet.flow(200)
+    assert one.replica.serving
+
+
 def _restored() -> tuple[Fleet, Machine, Machine, Machine]:
     """Returns a node with an old database, a member that was off since then, and one that has its later records."""
     fleet = Fleet()

@@ -211,10 +211,21 @@ def test_history_forgets_the_oldest_epochs() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"starts": 3, "floor": 0}, {"starts": [[1]], "floor": 0}, {"starts": [], "floor": -1}]
+    "body",
+    [
+        {},
+        {"starts": 3, "floor": 0},
+        {"starts": [[1]], "floor": 0},
+        {"starts": [], "floor": -1},
+        {"starts": [], "floor": 1 << 53},
+    ],
 )
 def test_an_invalid_history_counts_as_empty(body: dict[str, object]) -> None:
     assert history_of(_record(1)._replace(body=body)) == History()
+
+
+def test_a_history_may_have_the_largest_number() -> None:
+    assert history_of(_record(1)._replace(body={"starts": [], "floor": (1 << 53) - 1})).floor == (1 << 53) - 1
 
 
 def test_a_record_comes_back_as_it_was() -> None:

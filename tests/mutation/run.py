@@ -233,7 +233,7 @@ ROOMS: dict[str, Room] = {
     "rights": _fleet("trust/rights trust/roles trust/tokens", "rights starting handlers"),
     "trust": _fleet("trust/authority trust/certificates trust/names trust/membership", "identity authority"),
     "histories": _fleet(
-        "replication/forks replication/epochs replication/recovery replication/ownlog", "forks replica"
+        "replication/forks replication/epochs replication/recovery replication/ownlog", "store forks replica"
     ),
     "pulling": _fleet(
         "replication/anti_entropy replication/receiver replication/reorder_buffer replication/verifier", "replica forks"
