@@ -200,6 +200,28 @@ def test_a_guest_does_not_claim_other_disks(node: Node, datastore: Path, qemu_im
     assert "problem" not in found["victim.vmdk"].body
 
 
+def test_very_many_files_of_a_tenant_hide_no_others(
+    datastore: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inspection, "MAX_IMAGES", 20)
+    monkeypatch.setattr(inspection, "MAX_FILES", 60)
+    for directory, number in (("a-tenant/deep", 100), ("b-other", 3), ("c-another", 3)):
+        (datastore / directory).mkdir(parents=True)
+        for each in range(number):
+            make_disk(datastore / directory / f"{each:03}.raw", 4096)
+    make_disk(datastore / "own.raw", 4096)
+    (datastore / "b-other/zzz.vmx").write_text('displayName = "z"')
+    found = list(inspection._Inspection({"ds": str(datastore)}, {}).records("ds"))
+    names = {body["name"] for kind, _, body in found if kind == "disk"}
+    assert len(names) == 20
+    assert {f"{other}/{each:03}.raw" for other in ("b-other", "c-another") for each in range(3)} | {"own.raw"} < names
+    assert [body["file"] for kind, _, body in found if kind == "vm"] == ["b-other/zzz.vmx"]
+    assert "more than 60 files" in found[-1][2]["problem"]
+    monkeypatch.setattr(inspection, "MAX_FILES", 1000)
+    *_, (_, _, store) = inspection._Inspection({"ds": str(datastore)}, {}).records("ds")
+    assert store["problem"] == "more than 20 images: the rest is not listed"
+
+
 class _Looked(set[str]):
     """Files that count how often somebody goes through them."""
 

@@ -18,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -209,16 +209,18 @@ class _Inspection:
         disks: dict[str, Body] = {}
         parts = _Parts()
         configurations: list[_Found] = []
+        is_full = False
         for found in self._files(datastore, root, remarks):
             if os.path.basename(found.name) == _BUNDLE:
                 self._bundle(found, parts)
             elif self._is_configuration(found.name):
                 configurations.append(found)
-            elif len(disks) >= MAX_IMAGES:
-                remarks.append(f"more than {MAX_IMAGES} images: the rest is not listed")
-                break
-            else:
+            elif len(disks) < MAX_IMAGES:
                 disks[found.name] = self._disk(found, parts)
+            else:
+                is_full = True
+        if is_full:
+            remarks.append(f"more than {MAX_IMAGES} images: the rest is not listed")
         for name, body in parts.without(disks, root):
             yield "disk", disk_id(datastore, name), body
         if len(configurations) > MAX_IMAGES:
@@ -229,28 +231,45 @@ class _Inspection:
         return self._datastore(root, len(disks), remarks)
 
     def _files(self, datastore: str, root: str, remarks: list[str]) -> Iterator[_Found]:
-        """Yields the files that may be images, in the order of names; does not follow links to directories."""
-        seen = 0
-        waiting = [("", 0)]
+        """Yields the files that may be images; does not follow links to directories.
+
+        The directories of the datastore take turns, so that very many files in one hide none of the others.
+        """
+        below: list[str] = []
+        own = self._found(datastore, root, "", below, remarks)
+        walks = deque([iter(list(own)), *(self._walk(datastore, root, name, remarks) for name in below)])
+        for found in islice(_in_turn(walks), MAX_FILES):
+            if found is not None:
+                yield found
+        if any(True for _ in _in_turn(walks)):
+            remarks.append(f"more than {MAX_FILES} files: the rest is ignored")
+
+    def _walk(self, datastore: str, root: str, top: str, remarks: list[str]) -> Iterator[_Found | None]:
+        """Yields what `_found` does of a directory and those below it."""
+        waiting = [(top, 1)]
         while waiting:
-            below, depth = waiting.pop()
-            if below and (problem := self.ownership.below(os.path.join(root, below), self._roots.values())):
-                remarks.append(f"{below}: {problem}")
+            directory, depth = waiting.pop()
+            if problem := self.ownership.below(os.path.join(root, directory), self._roots.values()):
+                remarks.append(f"{directory}: {problem}")
                 continue
-            try:
-                entries = self._listed(os.path.normpath(os.path.join(root, below)), below, remarks)
-            except (OSError, AccessError) as exc:
-                remarks.append(f"{below or '.'}: cannot be listed: {getattr(exc, 'strerror', None) or exc}")
-                continue
-            for name, is_directory in entries:
-                seen += 1
-                if seen > MAX_FILES:
-                    remarks.append(f"more than {MAX_FILES} files: the rest is ignored")
-                    return
-                if is_directory and depth < MAX_DEPTH:
-                    waiting.append((name, depth + 1))
-                elif is_directory is False:
-                    yield _Found(datastore, name, os.path.join(root, name))
+            below: list[str] = []
+            yield from self._found(datastore, root, directory, below, remarks)
+            if depth < MAX_DEPTH:
+                waiting += [(name, depth + 1) for name in below]
+
+    def _found(
+        self, datastore: str, root: str, directory: str, below: list[str], remarks: list[str]
+    ) -> Iterator[_Found | None]:
+        """Yields the files of a directory, None for what is none of interest; adds its directories to `below`."""
+        try:
+            entries = self._listed(os.path.normpath(os.path.join(root, directory)), directory, remarks)
+        except (OSError, AccessError) as exc:
+            remarks.append(f"{directory or '.'}: cannot be listed: {getattr(exc, 'strerror', None) or exc}")
+            return
+        for name, is_directory in entries:
+            if is_directory:
+                below.append(name)
+            yield _Found(datastore, name, os.path.join(root, name)) if is_directory is False else None
 
     def _listed(self, path: str, below: str, remarks: list[str]) -> list[tuple[str, bool | None]]:
         """Returns names below the datastore, and whether they are directories to list; None for those to ignore."""
@@ -383,6 +402,18 @@ class _Inspection:
 
     def _backends(self) -> Iterator[tuple[str, Any]]:
         return ((name, backend) for name, backend in self.registry.backends.items() if backend.automatic)
+
+
+def _in_turn(walks: deque[Iterator[_Found | None]]) -> Iterator[_Found | None]:
+    """Yields one item of each iterator in turn; those that are not at their end stay in `walks`."""
+    while walks:
+        walk = walks.popleft()
+        try:
+            found = next(walk)
+        except StopIteration:
+            continue
+        walks.append(walk)
+        yield found
 
 
 def _payloads(image: Image) -> Iterator[str]:
