@@ -12,8 +12,11 @@ import pytest
 
 import vmconv
 from support.containers import MIB, Container, publish, unpublish
+from support.swift import CLOUD
 from vmconv.errors import ImageError, VmconvError
 from vmconv_swift import manifest
+from vmconv_swift.client import Client
+from vmconv_swift.cloud import cloud_of
 from vmconv_swift.manifest import body_of, etag_of, parsed, windows_of
 from vmconv_swift.names import ObjectName
 
@@ -195,8 +198,6 @@ def test_a_container_of_somebody_else_is_left_alone(container: Container, disk: 
 def test_a_manifest_of_another_version_is_an_error(
     published: Container, damage: Callable[[list[Any]], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vmconv_swift.client import Client
-
     read = Client.read
 
     def spoiled(self: Client, where: ObjectName, limit: int, query: str = "") -> bytes:
@@ -237,3 +238,12 @@ def test_the_manifest_that_is_sent_is_what_its_etag_says() -> None:
     rows = json.loads(body_of(segments))
     assert [row.get("range") for row in rows] == [None, "2-4"]
     assert etag_of(segments) == md5(f"{ETAG}{ETAG}:2-4;".encode()).hexdigest()
+
+
+def test_a_long_answer_is_not_read(container: Container) -> None:
+    client = Client(cloud_of(CLOUD))
+    container.put("long", bytes(4 * MIB))
+    where = ObjectName(container.name, "long")
+    assert len(client.read(where, 4 * MIB)) == 4 * MIB
+    with pytest.raises(VmconvError, match=f"long: has more than {MIB} bytes"):
+        client.read(where, MIB)

@@ -13,6 +13,7 @@ import pytest
 import vmconv
 from support.containers import Container, collected, let_time_pass, publish
 from support.swift import CLOUD, Swift
+from vmconv.errors import BackendError
 from vmconv_swift.client import Client
 from vmconv_swift.cloud import cloud_of
 
@@ -164,3 +165,39 @@ def test_two_publications_at_once_make_one_object(
     assert "disk.vmdk: appeared while it was being made" in capsys.readouterr().err
     assert container.get("disk.vmdk") == b"other"
     assert not any(name.startswith(("records/", "candidates/")) for name in container.names(container.own))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_may_have_appeared_keeps_its_record(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """The second object of two cannot be made, and the first cannot be taken back."""
+    request = Client._request
+
+    def failing(self: Client, method: str, url: str, *arguments: Any, **named: Any) -> Any:
+        if url.endswith("two.vhdx?multipart-manifest=put") or (method == "DELETE" and url.endswith("one.vmdk")):
+            raise BackendError("the store is gone")
+        return request(self, method, url, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "_request", failing)
+        given = ["--force"] if force else []
+        assert publish(*given, disk, container.url("one.vmdk"), container.url("two.vhdx")) == 1
+    assert container.names() == ["one.vmdk"]
+    let_time_pass()
+    assert collected(container) == 0
+    assert sum(name.startswith("records/") for name in container.names(container.own)) == 1
+    assert vmconv.compare(str(disk), container.url("one.vmdk"))
+
+
+def test_of_several_objects_none_stays_if_one_cannot_be_made(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(url: str, done: bool) -> None:
+        if url.endswith("two.vhdx?multipart-manifest=put") and not done:
+            container.put("two.vhdx", b"other")
+
+    monkeypatch.setattr(Client, "_request", hooked(other))
+    assert publish(disk, container.url("one.vmdk"), container.url("two.vhdx")) == 1
+    assert container.names() == ["two.vhdx"]
+    assert not any(name.startswith("records/") for name in container.names(container.own))

@@ -130,6 +130,7 @@ class Publication(Transaction):
         self._there: set[str] = set()
         self._recorded = 0.0
         self._committed = False
+        self._maybe_visible: dict[str, SwiftOutput] = {}
         self._leaves: dict[Leaf, None] = {}
 
     # -- before anything is made
@@ -269,19 +270,15 @@ class Publication(Transaction):
     def commit(self) -> None:
         self._refuse_stale()
         self.record()
-        made: list[SwiftOutput] = []
+        new = not self.backend.force
         try:
             for output in self.outputs:
-                where = output.target.where
-                if not self.client.put_manifest(
-                    where, output.body, output.etag, output.size, new=not self.backend.force
-                ):
+                self._maybe_visible[output.name] = output
+                if not self.client.put_manifest(output.target.where, output.body, output.etag, output.size, new=new):
+                    del self._maybe_visible[output.name]
                     raise BackendError(f"{output.target.url.shown}: appeared while it was being made")
-                made.append(output)
         except VmconvError:
-            # What replaced something else cannot be taken back.
-            for output in () if self.backend.force else made:
-                self.client.delete(output.target.where)
+            self._take_back(new=new)
             raise
         self._committed = True
         self.left = None
@@ -293,6 +290,17 @@ class Publication(Transaction):
             # Garbage that stays is collected later.
             with suppress(VmconvError):
                 self.client.delete(output.candidate)
+
+    def _take_back(self, *, new: bool) -> None:
+        """Removes what may have appeared. What cannot be removed, or has replaced something, keeps its record."""
+        for output in list(self._maybe_visible.values()):
+            with suppress(VmconvError):
+                found = self.client.head(output.target.where)
+                mine = found is not None and (found.etag, found.size) == (output.etag, output.size)
+                if mine and new:
+                    self.client.delete(output.target.where)
+                if not mine or new:
+                    del self._maybe_visible[output.name]
 
     def _refuse_stale(self) -> None:
         """Raises `BackendError` if segments have gone, after a pause in which they could be taken for unused."""
@@ -313,9 +321,10 @@ class Publication(Transaction):
         for output in self.outputs:
             with suppress(VmconvError):
                 self.client.delete(output.candidate)
-        for target in self.backend.targets.values():
-            with suppress(VmconvError):
-                self.client.delete(record_name(self.own, target.where, self.id))
+        for name, target in self.backend.targets.items():
+            if name not in self._maybe_visible:
+                with suppress(VmconvError):
+                    self.client.delete(record_name(self.own, target.where, self.id))
 
 
 class SwiftOutput(Output):

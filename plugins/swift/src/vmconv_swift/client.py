@@ -29,6 +29,8 @@ SILENCE = 60
 MAX_LISTING = 64 << 20
 """Bytes of one page of a listing."""
 _PAGE = 10000
+_WORDS = 64 << 10
+"""Bytes of an answer that has nothing but words."""
 _BUSY = frozenset({408, 429, 498, 500, 502, 503, 504})
 _ETAG = re.compile(r'"?([0-9a-f]{32})"?')
 
@@ -44,6 +46,17 @@ class Found(NamedTuple):
     large: bool
     modified: float
     now: float
+
+
+class Answer(NamedTuple):
+    """An answer of the store; `cut` is True if its body was longer than what was read. `tries` is its number."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    body: bytes
+    cut: bool
+    tries: int
 
 
 class Entry(NamedTuple):
@@ -77,29 +90,17 @@ class Client:
     def head(self, where: ObjectName) -> Found | None:
         """Returns what is known of an object; None if there is none."""
         answer = self._ask("HEAD", where.quoted, self.shown(where), good=(200, 204, 404))
-        return None if answer.status_code == 404 else self._found(answer, where)
+        return None if answer.status == 404 else self._found(answer, where)
 
     def read(self, where: ObjectName, limit: int, query: str = "") -> bytes:
         """Returns the content of an object of at most `limit` bytes, or its manifest."""
-        said = self.shown(where)
-        answer = self._ask("GET", where.quoted + query, said, good=(200,), stream=True)
-        data = bytearray()
-        with answer:
-            try:
-                for piece in answer.iter_content(1 << 20):
-                    data += piece
-                    if len(data) > limit:
-                        raise AccessError(f"{said}: has more than {limit} bytes")
-            except _transport_errors() as exc:
-                raise ReadError(f"{said}: cannot be read: {_short(exc)}") from exc
-        return bytes(data)
+        return self._ask("GET", where.quoted + query, self.shown(where), limit=limit).body
 
     def read_range(self, where: ObjectName, etag: str, offset: int, length: int) -> bytes:
         """Returns a range of an object. Raises `ReadError` unless it has this ETag."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", "If-Match": f'"{etag}"'}
         said = self.shown(where)
-        answer = self._ask("GET", where.quoted, said, good=(206,), headers=headers)
-        data = bytes(answer.content)
+        data = self._ask("GET", where.quoted, said, good=(206,), headers=headers, limit=length).body
         if len(data) != length:
             raise ReadError(f"{said}: asked for {length} bytes from {offset:#x}, the store sends {len(data)}")
         return data
@@ -120,11 +121,11 @@ class Client:
         headers = {"Etag": etag, "Content-Type": "application/octet-stream"} | ({"If-None-Match": "*"} if new else {})
         query = "?multipart-manifest=put"
         answer = self._ask("PUT", where.quoted + query, self.shown(where), body, headers, (201, 202, 400, 409, 412))
-        if answer.status_code == 412:
+        if answer.status == 412:
             there = self.head(where)
             # A try whose answer was lost may have made it.
-            return bool(answer.tries > 1 and there and (there.etag, there.size) == (etag, size))
-        if answer.status_code in (400, 409):
+            return answer.tries > 1 and there is not None and (there.etag, there.size) == (etag, size)
+        if answer.status in (400, 409):
             raise BackendError(f"{self.shown(where)}: the store refuses the manifest: {_reason(answer)}")
         there = self.head(where)
         if there is None or (there.etag, there.size, there.large) != (etag, size, True):
@@ -135,19 +136,19 @@ class Client:
     def touch(self, where: ObjectName) -> bool:
         """Makes an object as young as a new one; False if there is none."""
         answer = self._ask("POST", where.quoted, self.shown(where), good=(200, 202, 204, 404))
-        return bool(answer.status_code != 404)
+        return answer.status != 404
 
     def delete(self, where: ObjectName) -> bool:
         """Deletes an object, never the segments of a large one; False if there is none."""
         answer = self._ask("DELETE", where.quoted, self.shown(where), good=(200, 204, 404))
-        return bool(answer.status_code != 404)
+        return answer.status != 404
 
     # -- containers
 
     def container(self, name: str) -> Mapping[str, str] | None:
         """Returns the headers of a container; None if there is none."""
         answer = self._ask("HEAD", _container(name), f"swift://{self.cloud.name}/{name}", good=(200, 204, 404))
-        return None if answer.status_code == 404 else answer.headers
+        return None if answer.status == 404 else answer.headers
 
     def make_container(self, name: str, headers: Mapping[str, str]) -> None:
         self._ask("PUT", _container(name), f"swift://{self.cloud.name}/{name}", b"", headers, (201, 202))
@@ -159,8 +160,8 @@ class Client:
         marker, said = "", f"swift://{self.cloud.name}/{container}"
         while True:
             query = urlencode({"format": "json", "limit": _PAGE, "prefix": prefix, "marker": marker})
-            answer = self._ask("GET", f"{_container(container)}?{query}", said, good=(200, 204))
-            page = [] if answer.status_code == 204 else _rows(answer.content, said)
+            answer = self._ask("GET", f"{_container(container)}?{query}", said, good=(200, 204), limit=MAX_LISTING)
+            page = [] if answer.status == 204 else _rows(answer.body, said)
             yield from page
             if not page:
                 return
@@ -177,11 +178,11 @@ class Client:
 
         parts = urlsplit(self.cloud.endpoint)
         url = urlunsplit((parts.scheme, parts.netloc, "/info", "", ""))
-        answer = self._request("GET", url, f"swift://{self.cloud.name}", b"", {}, (200, 401, 403, 404), payload=False)
+        answer = self._request("GET", url, f"swift://{self.cloud.name}", b"", {}, (200, 401, 403, 404))
         stated: Any = None
-        if answer.status_code == 200:
+        if answer.status == 200:
             try:
-                stated = json.loads(answer.content)["slo"]["max_manifest_segments"]
+                stated = json.loads(answer.body)["slo"]["max_manifest_segments"]
             except (ValueError, KeyError, TypeError) as exc:
                 said = f"swift://{self.cloud.name}: the store has no static large objects"
                 raise BackendError(said) from exc
@@ -190,7 +191,7 @@ class Client:
 
     # -- requests
 
-    def _found(self, answer: Any, where: ObjectName) -> Found:
+    def _found(self, answer: Answer, where: ObjectName) -> Found:
         size, etag = str(answer.headers.get("Content-Length") or ""), _etag(answer)
         if not re.fullmatch(r"[0-9]{1,18}", size) or not etag:
             raise ReadError(f"{self.shown(where)}: the store states no size and ETag")
@@ -211,10 +212,10 @@ class Client:
         good: tuple[int, ...] = (200,),
         *,
         payload: bool = False,
-        stream: bool = False,
-    ) -> Any:
+        limit: int = _WORDS,
+    ) -> Answer:
         url = self.cloud.endpoint + path
-        return self._request(method, url, said, body, headers or {}, good, payload=payload, stream=stream)
+        return self._request(method, url, said, body, headers or {}, good, payload=payload, limit=limit)
 
     def _request(
         self,
@@ -225,10 +226,10 @@ class Client:
         headers: Mapping[str, str],
         good: tuple[int, ...],
         *,
-        payload: bool,
-        stream: bool = False,
-    ) -> Any:
-        """Returns the answer, with the number of `tries`. Raises an error unless its status is one of `good`."""
+        payload: bool = False,
+        limit: int = _WORDS,
+    ) -> Answer:
+        """Returns an answer of at most `limit` bytes. Raises an error unless its status is one of `good`."""
         why = ""
         for tries in range(1, TRIES + 1):
             if why:
@@ -238,7 +239,7 @@ class Client:
                     name = "payload" if payload else "metadata"
                     self.sent = self.sent._replace(**{name: getattr(self.sent, name) + len(body)})
             try:
-                answer = self.cloud.session.request(
+                found = self.cloud.session.request(
                     url,
                     method,
                     raise_exc=False,
@@ -246,16 +247,19 @@ class Client:
                     log=False,
                     headers={"Accept-Encoding": "identity", **headers},
                     timeout=SILENCE,
+                    stream=True,
                     **({"data": body} if method in ("PUT", "POST") else {}),
-                    **({"stream": True} if stream else {}),
                 )
+                with found:
+                    answer = _read(found, limit if found.status_code in good else _WORDS, tries)
             except _transport_errors() as exc:
                 why = _short(exc)
                 continue
-            if answer.status_code in good:
-                answer.tries = tries
+            if answer.status in good:
+                if answer.cut:
+                    raise AccessError(f"{said}: has more than {limit} bytes")
                 return answer
-            if answer.status_code not in _BUSY:
+            if answer.status not in _BUSY:
                 raise AccessError(f"{said}: {_doing(method)}: the store answers {_reason(answer)}")
             why = f"the store answers {_reason(answer)}"
         raise (ReadError if method in ("GET", "HEAD") else BackendError)(f"{said}: {_doing(method)}: {why}")
@@ -285,28 +289,38 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     return ClientException, RequestException
 
 
+def _read(found: Any, limit: int, tries: int) -> Answer:
+    """Returns an answer with at most `limit` bytes of its body."""
+    data = bytearray()
+    for piece in found.iter_content(1 << 16):
+        data += piece
+        if len(data) > limit:
+            break
+    body, cut = bytes(data[:limit]), len(data) > limit
+    return Answer(found.status_code, str(found.reason)[:80], found.headers, body, cut, tries)
+
+
 def _short(exc: Exception) -> str:
     return " ".join(str(exc).split())[:300] or type(exc).__name__
 
 
-def _reason(answer: Any) -> str:
+def _reason(answer: Answer) -> str:
     """Returns status and the beginning of the text of an answer."""
-    text = " ".join(bytes(answer.content[:2000]).decode(errors="replace").split())
-    text = re.sub(r"<[^>]*>", " ", text)
-    return " ".join(f"{answer.status_code} {str(answer.reason)[:80]}: {text[:300]}".split()).rstrip(" :")
+    text = re.sub(r"<[^>]*>", " ", answer.body[:2000].decode(errors="replace"))
+    return " ".join(f"{answer.status} {answer.reason}: {' '.join(text.split())[:300]}".split()).rstrip(" :")
 
 
-def _etag(answer: Any) -> str:
+def _etag(answer: Answer) -> str:
     found = _ETAG.fullmatch(str(answer.headers.get("Etag") or ""))
     return found[1] if found else ""
 
 
-def _seconds(answer: Any, name: str) -> float:
+def _seconds(answer: Answer, name: str) -> float:
     text = str(answer.headers.get(name) or "")
     return float(text) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text) else _date(answer)
 
 
-def _date(answer: Any) -> float:
+def _date(answer: Answer) -> float:
     """Returns the time at which the store answered."""
     try:
         return parsedate_to_datetime(str(answer.headers.get("Date"))).timestamp()
@@ -317,8 +331,6 @@ def _date(answer: Any) -> float:
 def _rows(content: bytes, said: str) -> list[Entry]:
     from datetime import UTC, datetime
 
-    if len(content) > MAX_LISTING:
-        raise ReadError(f"{said}: a page of its listing has {len(content)} bytes, at most {MAX_LISTING} are read")
     try:
         rows = []
         for row in json.loads(content):
