@@ -7,8 +7,10 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +21,10 @@ from cryptography.x509.oid import NameOID
 
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.errors import FleetError
+from vmconv_fleet.errors import FleetError, NotReadyError
 from vmconv_fleet.replication.records import Record
 from vmconv_fleet.testing import Lab, free_port
-from vmconv_fleet.trust import credentials, joining
+from vmconv_fleet.trust import credentials, joining, membership
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, is_revocation
 from vmconv_fleet.trust.certificates import CertificateTrust
 from vmconv_fleet.trust.identity import IdentityError, Keys, binding, new_node_id, read_authorities, read_certificate
@@ -152,6 +154,7 @@ def test_a_copy_of_the_authority_signs_what_the_first_one_would(authority: Autho
     with pytest.raises(AuthorityError, match="does not hold"):
         Authority.load(other.directory)
     Authority.of_key(other.directory, authority.export()).adopt()
+    assert Path(other.directory, "authority").stat().st_mode & 0o777 == 0o700
     pem = Authority.load(other.directory).issue(csr(Keys.generate(), new_node_id()))
     binding(read_certificate(pem), [authority.certificate])
 
@@ -224,6 +227,17 @@ def test_the_name_of_a_retired_node_is_the_authoritys_alone(authority: Authority
 
 
 # Joining
+
+
+def test_a_certificate_that_cannot_be_written_yet_admits_nobody(lab: Lab) -> None:
+    config, other = lab.add(), lab.add()
+    trust = CertificateTrust(Path(config.directory, "ca.pem").read_bytes())
+    waiting: Future[list[Record]] = Future()
+    waiting.set_exception(TimeoutError())
+    service = SimpleNamespace(write=lambda _changes: waiting)
+    members = membership.Members(service, trust, lambda: None, list, lambda *_: None)  # type: ignore[arg-type]
+    with pytest.raises(NotReadyError, match="cannot write yet"):
+        members.certified(credentials.load(other).certificate)
 
 
 class Members:

@@ -417,6 +417,30 @@ def test_a_crowd_of_strangers_is_a_problem(listening: Listening) -> None:
     assert listening.limiter.problem() == "port test: 4 connections of strangers were ended in the last minute"
 
 
+NONE = resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised"),
+    [
+        ((1024, NONE), (1 << 16, NONE)),
+        ((1024, 4096), (4096, 4096)),
+        ((1024, 1 << 20), (1 << 16, 1 << 20)),
+        ((1 << 17, 1 << 20), None),
+        ((4096, 4096), None),
+        ((NONE, NONE), None),
+    ],
+)
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_may(
+    limits: tuple[int, int], raised: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _what, wanted: made.append(wanted))
+    limiter.raise_descriptor_limit()
+    assert made == ([] if raised is None else [raised])
+
+
 @pytest.mark.parametrize(
     ("family", "host", "key"),
     [

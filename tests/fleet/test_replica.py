@@ -891,6 +891,32 @@ def test_a_pull_answered_drop_by_drop_is_refused() -> None:
     assert other.body(one, "thing", "t2") == {"value": 2}
 
 
+def test_a_page_that_leaves_something_out_belongs_to_no_pull() -> None:
+    fleet, one, other = pair()
+    for number in range(3):
+        one.write("thing", f"t{number}", {"value": number})
+    fleet.drop()
+    other.replica.received(one.id, one.replica._publisher.digest(other.id).message)
+    (pull,) = [found for _, message, _ in other.replica.tick() if isinstance(found := messages.decode(message), Pull)]
+    behind = pull.after._replace(seq=pull.after.seq + 1)
+    store_ = one.replica.store
+    wires, _ = store_.after(one.id, behind.seq, 1 << 20)
+    page = Page(one.id, pull.session, behind, pull.base, False, False, store_.position(one.id), 0, wires, pull.since)
+    other.replica.received(one.id, messages.encode(page))
+    assert (other.counters["stray-pages"], other.problems()) == (1, [])
+    fleet.flow(3000)
+    assert other.body(one, "thing", "t0") == {"value": 0}
+
+
+def test_a_forged_record_is_reported_as_one() -> None:
+    fleet, one, other = pair()
+    record = one.write("thing", "t", {})
+    fleet.drop()
+    other.replica.received(one.id, messages.encode(Live([_signed(PlainSigner(one.id, "no-key-of-it"), record)])))
+    (problem,) = other.replica.problems.all()
+    assert f"{one.id}/thing/t at {tuple(record.position)}: signature by key {record.key_id} is not" in problem.text
+
+
 def test_repeated_problems_are_reported_less_often() -> None:
     _, one, other = pair()
     told: list[NodeProblem] = []

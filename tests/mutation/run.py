@@ -231,7 +231,7 @@ ROOMS: dict[str, Room] = {
     "peers": _fleet("links/peers", "peers"),
     "starting": _fleet("jobs/starting trust/groups", "starting rights handlers"),
     "rights": _fleet("trust/rights trust/roles trust/tokens", "rights starting handlers"),
-    "trust": _fleet("trust/authority trust/certificates trust/names trust/membership", "identity authority"),
+    "trust": _fleet("trust/authority trust/certificates trust/names trust/membership", "identity names authority"),
     "histories": _fleet(
         "replication/forks replication/epochs replication/recovery replication/ownlog", "store forks replica"
     ),
