@@ -91,6 +91,10 @@ def test_a_parent_that_was_brought_along_is_found_beside_the_image(chain: Path, 
 def test_the_case_of_a_foreign_name_does_not_matter_where_one_file_has_it(chain: Path, reference: str) -> None:
     assert is_right(name_parent(chain, reference))
     (chain.parent / "bAsE.vMdK").write_bytes(b"another")
+    chain.with_name("got.raw").unlink()
+    # By its identity.
+    assert is_right(chain)
+    (chain.parent / "base.vmdk").write_bytes(b"a third")
     with pytest.raises(AccessError):
         vmconv.map_disk(chain)
 
@@ -117,13 +121,15 @@ def test_a_missing_parent_is_named_in_the_hint(chain: Path, reference: str) -> N
 
 
 def test_a_foreign_name_that_is_the_image_s_own_is_no_loop(chain: Path) -> None:
+    assert is_right(name_parent(chain, r"C:\base\child.vmdk"))
+    (chain.parent / "base.vmdk").unlink()
     with pytest.raises(AccessError, match="does not exist"):
-        vmconv.map_disk(name_parent(chain, r"C:\base\child.vmdk"))
+        vmconv.map_disk(chain)
 
 
 @pytest.mark.parametrize("reference", [r"C:\x\secret.vmdk", "/vmfs/volumes/x/secret.vmdk"])
 def test_a_foreign_name_leads_out_of_no_directory(chain: Path, tmp_path: Path, reference: str) -> None:
-    (tmp_path / "secret.vmdk").write_bytes((chain.parent / "base.vmdk").read_bytes())
+    (chain.parent / "base.vmdk").rename(tmp_path / "secret.vmdk")
     with pytest.raises(AccessError, match="does not exist"):
         vmconv.map_disk(name_parent(chain, reference))
     (chain.parent / "secret.vmdk").symlink_to(tmp_path / "secret.vmdk")
@@ -133,6 +139,7 @@ def test_a_foreign_name_leads_out_of_no_directory(chain: Path, tmp_path: Path, r
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a directory"])
 def test_only_a_regular_file_is_found_by_a_foreign_name(chain: Path, make: Callable[[Path], None]) -> None:
+    (chain.parent / "base.vmdk").unlink()
     make(chain.parent / "odd.vmdk")
     with pytest.raises(AccessError, match="does not exist"):
         vmconv.map_disk(name_parent(chain, r"C:\x\odd.vmdk"))
