@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vmconv
+from support.corpus import rows, unpack
 from support.disks import MIB, QemuImg, make_disk
 from support.kits.cloop import HEAD, CloopKit, compressed_loop
 from support.requirements import oracle_program
@@ -105,6 +106,18 @@ def test_a_damaged_block_is_never_read_as_anything(disk: Path) -> None:
     (disk.parent / "disk.cloop").write_bytes(data)
     with pytest.raises(ImageError, match=r"block 47 at .*guest address 0x2f0000"):
         vmconv.convert(disk.parent / "disk.cloop", disk.parent / "new.raw")
+
+
+@pytest.mark.parametrize("row", rows("cloop"), ids=lambda row: row["name"])
+def test_a_real_image_is_the_disk_that_qemu_reads(
+    row: dict[str, str], corpus: Path, tmp_path: Path, qemu_img: QemuImg
+) -> None:
+    image = unpack(corpus, row["name"], tmp_path)
+    vmconv.convert(image, tmp_path / "new.raw")
+    qemu_img("compare", "-f", "cloop", "-F", "raw", image, tmp_path / "new.raw")
+    report = vmconv.check(image)
+    assert report is not None
+    assert (report.corruption_count, report.leak_count) == (0, 0)
 
 
 def test_a_snapshot_is_refused(tmp_path: Path) -> None:
