@@ -29,7 +29,7 @@ def main() -> int:
 
     def created(self: Conversion, name: str, descriptor: int) -> None:
         create(self, name, descriptor)
-        if self._journal.is_written:
+        if os.path.exists(self._journal.path):
             wait("begun")
 
     def finished(self: Conversion, source: str, result: Result | MachineResult) -> None:

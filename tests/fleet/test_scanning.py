@@ -50,6 +50,11 @@ def disks(node: Node) -> dict[str, Record]:
     return {one.body["name"]: one for one in node.service.view().find("disk", node.id)}
 
 
+def test_the_id_of_a_disk_is_that_of_earlier_versions() -> None:
+    """Jobs, histories and scripts name disks by their ids."""
+    assert (disk_id("ds", "a.raw"), disk_id("ds", "sub/b.vmdk")) == ("c86f72532e044987", "422dba6bc8029312")
+
+
 def test_a_disk_is_described(node: Node, datastore: Path) -> None:
     make_disk(datastore / "a.raw", 8 * MIB)
     scan(node, ds=datastore)

@@ -94,6 +94,7 @@ def _fleet(modules: str, tests: str) -> Room:
 
 
 _JOBS = (
+    "tests/fleet/test_scanning.py::test_the_id_of_a_disk_is_that_of_earlier_versions",
     "tests/fleet/test_renames.py::test_nothing_outside_is_made_read_or_removed[convert-once]",
     *(
         f"tests/fleet/test_jobs.py::test_a_{name}"

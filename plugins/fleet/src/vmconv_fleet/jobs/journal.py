@@ -23,7 +23,6 @@ class JobJournal:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.is_written = False
         self._lock = -1
 
     def lock(self) -> bool:
@@ -58,7 +57,6 @@ class JobJournal:
             os.fsync(own)
         finally:
             os.close(own)
-        self.is_written = True
 
     def made(self) -> str | None:
         """Returns the path of the target if the job made it; None otherwise.
