@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py [--disks 10000] [--sample 12] [--size 2048] [--seed 17]
 
-Some disks are laid out and planned by vmconv itself; nothing is written but sparse files. The steps of each plan go
-through a model of JuiceFS, whose rules are below. The sums are scaled up to the number of disks: that is stated, with
-how much the disks of the sample differ. docs/scale.md has the result.
+Some disks are laid out and planned by vmconv itself; nothing is written but a sparse file. The steps of each plan go
+through models of JuiceFS and of Swift, whose rules are below. The sums are scaled up to the number of disks: that is
+stated, with how much the disks of the sample differ. docs/scale.md has the result.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ WAYS = (
 )
 
 
-def planned(table: Extents, way: Way, registry: Registry, directory: str) -> Plan:
+def planned(table: Extents, way: Way, registry: Registry, directory: str, survey: Survey) -> Plan:
     file = table.sources[0]
     assert isinstance(file, File)
     image = Image("raw", file, table.size, lambda: table)
@@ -154,7 +154,6 @@ def planned(table: Extents, way: Way, registry: Registry, directory: str) -> Pla
         form.options(), dict(filter(None, [way.options.split("=")])) if way.options else {}, form.name
     )
     target = Target.of(form, options, directory, "target")
-    survey = Survey(1, chunk=CHUNK)
     (made,) = lay_out(parts_of(image, target, registry, None, chain=False), target, survey, registry, None)
     return plan_layout(made.layout, "target", directory, "juicefs", survey)
 
@@ -273,6 +272,78 @@ def _kept(plan: Plan, table: Extents) -> int:
     return int(stored[used].sum())
 
 
+# -- Swift, with the manifests of vmconv's plugin
+
+PUT_SECONDS = 0.15
+"""A manifest of 1,000 ranges: 164 of them took 25.3 s."""
+MOST_SEGMENTS = 1000
+"""Ranges of a manifest (max_manifest_segments)."""
+MOST_SINGLE = 16
+"""Ranges of zeros that are not in a manifest of their own."""
+PUBLISHED = ("raw", "qcow2", "vhdx", "vmdk")
+
+
+@dataclass
+class Publication:
+    """What the publication of one disk asks of Swift."""
+
+    rows: int = 0
+    """Ranges in its manifests."""
+    leaves: int = 0
+    """Ranges of objects that hold bytes, those in manifests of zeros among them."""
+    manifests: int = 0
+    sent: int = 0
+    """Bytes of manifests and metadata."""
+    payload: int = 0
+    """Objects of payload, which all publications of the disk refer to."""
+
+
+def packed(file: File, size: int, start: Column, length: Column) -> Extents:
+    """Returns the disk with its payload end to end, as in objects of 64 MiB of the guest's addresses each."""
+    return Extents.placed(size, _rows(start, np.cumsum(length) - length), length, (file,))
+
+
+def published(plan: Plan, table: Extents) -> Publication:
+    from vmconv_swift.payload import PIECE, SMALLEST
+    from vmconv_swift.segments import SMALL_GAP
+    from vmconv_swift.zeros import ZEROS
+
+    found = Publication()
+    data = table.kind == Kind.DATA
+    start, length = table.start[data], np.diff(np.append(table.start, table.size))[data]
+    found.payload = int((_bytes_by_chunk(start, length, -(-table.size // PIECE)) > 0).sum())
+    for file in plan.files:
+        steps = file.steps
+        share = steps.action == Action.SHARE
+        offset, source, size = steps.offset[share], steps.source_offset[share], steps.length[share]
+        apart = (offset[1:] != offset[:-1] + size[:-1]) | (source[1:] != source[:-1] + size[:-1])
+        metadata, _ = _joined(steps.offset[~share], steps.length[~share])
+        gap = np.array([size for _, size in file.gaps() if size > SMALL_GAP], dtype=np.int64)
+        many = gap > MOST_SINGLE * ZEROS
+        zeros = np.where(many, -(-gap // (MOST_SEGMENTS * ZEROS)), -(-gap // ZEROS))
+        own = (1 + int(apart.sum()) if len(offset) else 0) + found.payload + len(metadata)
+        rows = own + int(zeros.sum())
+        found.rows += rows
+        found.leaves += own + int((-(-gap // ZEROS)).sum())
+        while rows > MOST_SEGMENTS:
+            rows = -(-rows // MOST_SEGMENTS)
+            found.manifests += rows
+        found.manifests += 1
+        found.sent += max(SMALLEST, int(steps.length[~share].sum()))
+    found.sent += found.rows * _row_bytes()
+    return found
+
+
+def _row_bytes() -> int:
+    """Returns the bytes of a range in a manifest."""
+    from vmconv_swift.manifest import Segment, body_of
+    from vmconv_swift.names import ObjectName
+
+    where = ObjectName("images-vmconv", f"payload/{0:064x}")
+    segments = [Segment(where, f"{0:032x}", 64 * MIB, number * CLUSTER, CLUSTER) for number in range(MOST_SEGMENTS)]
+    return len(body_of(segments)) // MOST_SEGMENTS
+
+
 # -- the command
 
 
@@ -289,6 +360,7 @@ def main() -> int:
     registry = installed()
     size = options.size * GIB
     found: dict[Way, list[tuple[Guest, Load]]] = {way: [] for way in WAYS}
+    objects: dict[str, list[tuple[Guest, Publication]]] = {target: [] for target in PUBLISHED}
     with tempfile.TemporaryDirectory() as directory, open(os.path.join(directory, "source"), "wb") as hollow:
         hollow.truncate(2 * size)
         file = File(hollow.name, os.open(hollow.name, os.O_RDONLY))
@@ -302,14 +374,19 @@ def main() -> int:
             }
             for way in WAYS:
                 began = time.process_time()
-                plan = planned(tables[way.grew], way, registry, directory)
+                plan = planned(tables[way.grew], way, registry, directory, Survey(1, chunk=CHUNK))
                 seconds = time.process_time() - began
                 load = load_of(plan, tables[way.grew])
                 load.seconds = seconds
                 found[way].append((guest, load))
+            table = packed(file, size, start, length)
+            for target, sample in objects.items():
+                plan = planned(table, Way(False, target), registry, directory, Survey(1))
+                sample.append((guest, published(plan, table)))
             print(f"disk {number + 1}: {guest.name}, {len(start)} runs", file=sys.stderr)
         file.close()
     _report(found, options)
+    _report_objects(objects, options)
     return 0
 
 
@@ -322,13 +399,14 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def mean_of(sample: Sequence[tuple[Guest, Load]]) -> dict[str, float]:
+def mean_of(sample: Sequence[tuple[Guest, Load]] | Sequence[tuple[Guest, Publication]]) -> dict[str, float]:
     """Returns the mean of each figure over all disks, of which the sample has guests of each kind."""
     figures: dict[str, float] = {}
-    for name in (*(one.name for one in fields(Load)), "memory"):
+    first = sample[0][1]
+    for name in (*(one.name for one in fields(first)), *(["memory"] if isinstance(first, Load) else [])):
         mean = 0.0
         for guest in GUESTS:
-            values = [getattr(load, name) for one, load in sample if one is guest]
+            values = [float(getattr(load, name)) for one, load in sample if one is guest]
             mean += guest.share * sum(values) / len(values)
         figures[name] = max(getattr(load, name) for _, load in sample) if name == "worst" else mean
     return figures
@@ -347,6 +425,32 @@ def _report(found: dict[Way, list[tuple[Guest, Load]]], options: argparse.Namesp
     print("| --- | --- | --- | --- | --- | --- |")
     for way, sample in found.items():
         print(f"| {way} | {_fleet(mean_of(sample), options.disks)} |")
+
+
+def _report_objects(objects: dict[str, list[tuple[Guest, Publication]]], options: argparse.Namespace) -> None:
+    from vmconv_swift.manifest import MAX_LEAVES
+
+    print(f"\nSwift: a disk published once, on average; then {options.disks} disks:\n")
+    print(
+        "| format | ranges | at most | manifests | sent | PUTs take | payload objects | all disks: sent | PUTs take |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for target, sample in objects.items():
+        mean, most = mean_of(sample), max(one.leaves for _, one in sample)
+        refused = f" (refused: more than {MAX_LEAVES:,})" if most > MAX_LEAVES else ""
+        seconds = mean["manifests"] * PUT_SECONDS
+        cells = (
+            target,
+            f"{mean['rows']:,.0f}",
+            f"{most:,}{refused}",
+            f"{mean['manifests']:,.0f}",
+            f"{mean['sent'] / MIB:,.0f} MiB",
+            f"{seconds:,.0f} s",
+            f"{mean['payload']:,.0f}",
+            f"{mean['sent'] * options.disks / TIB:,.2f} TiB",
+            f"{seconds * options.disks / 3600:,.0f} h",
+        )
+        print(f"| {' | '.join(cells)} |")
 
 
 def _row(sample: Sequence[tuple[Guest, Load]]) -> str:

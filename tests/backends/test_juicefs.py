@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from support.disks import QemuImg
 from support.juicefs import ENGINES, Engine, Volume
 from support.variants import QEMU_NAMES, Variant, options, self_contained, title
 from vmconv import api
+from vmconv.api import Request, prepared
 from vmconv.backends.juicefs import CHUNK, JuiceFSBackend, copied_later
 from vmconv.errors import BackendError, PlanError
 from vmconv.io.registry import installed
@@ -329,3 +332,34 @@ def test_a_mount_that_dies_leaves_no_target(tmp_path: Path, monkeypatch: pytest.
         assert (point / "back.raw").read_bytes() == data
     finally:
         own.close()
+
+
+def test_the_simulator_of_scale_counts_as_juicefs_does(
+    volume: Volume, disk: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`benchmarks/scale.py`: the calls, and the ranges of all chunks, for clusters in random order."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    images, scale = importlib.import_module("images"), importlib.import_module("scale")
+    source, target = folder / "source.qcow2", folder / "target.raw"
+    images.qcow2(str(source), str(disk), images.shuffled(SIZE // images.CLUSTER))
+    volume.settle(source)
+    calls: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    whole = os.copy_file_range
+
+    def counted(source: int, target: int, count: int, at: int, to: int) -> int:
+        calls.append(count)
+        return whole(source, target, count, at, to)
+
+    def made(_name: str, descriptor: int) -> None:
+        ranges.extend(volume.ranges(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    with prepared(Request(str(source), str(target))) as ready:
+        load = scale.load_of(ready.plan, ready.image.flat)
+    monkeypatch.setattr(os, "copy_file_range", counted)
+    api.convert(str(source), str(target), created=made)
+    assert load.calls == len(calls) > 1000
+    assert load.slices == len(ranges)
+    assert load.chunks == len({chunk for chunk, _ in ranges})
+    assert load.worst == max(Counter(chunk for chunk, _ in ranges).values())
+    assert load.shared == sum(length for _, length in ranges)

@@ -93,6 +93,14 @@ class Volume:
         """Returns the names of all objects; each is written once."""
         return {str(path) for path in self.objects.rglob("*") if path.is_file()}
 
+    def ranges(self, path: Path) -> list[tuple[int, int]]:
+        """Returns the ranges of objects that a file consists of: the chunk in which each lies, and its length."""
+        done = subprocess.run([self._program, "info", "--raw", path], check=True, capture_output=True, text=True)
+        # Tables of locks may follow. Slice 0 is a hole.
+        table = done.stdout.partition(" chunks:\n")[2].partition("\n ")[0]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        return [(int(row[0]), int(row[4])) for row in rows if row[0].isdecimal() and int(row[1])]
+
     def settle(self, path: Path) -> None:
         """Joins the ranges of each chunk of a file, and waits for those that a mount is joining already."""
         subprocess.run([self._program, "compact", path], check=True, capture_output=True)
