@@ -52,9 +52,9 @@ class Guest:
 
 
 # A lightly used Debian on ext4 (16 GB, 3.1 GB allocated) had 438 gaps, 30 MB each, by e2freefrag: runs of 7 MiB
-# (blog.learningtree.com/ca/worry-virtual-disk-fragmentation). File systems were 40 to 50 % full, and few files were in
-# more than one piece, in Agrawal et al., FAST 2007, and Meyer and Bolosky, FAST 2011. Runs and bursts of an aged
-# disk are our assumption. The images of our corpus are too small: their payload is one run.
+# (blog.learningtree.com/ca/worry-virtual-disk-fragmentation). Few files are in more than one piece (Meyer and Bolosky,
+# A Study of Practical Deduplication, FAST 2011). How full disks are, and runs and bursts of aged ones, are our
+# assumptions. The images of our corpus are too small: their payload is one run.
 GUESTS = (
     Guest("lightly used", 0.5, 0.2, 7 * MIB, 4 * MIB),
     Guest("aged", 0.25, 0.45, MIB, 512 << 10),
@@ -464,7 +464,7 @@ def _row(sample: Sequence[tuple[Guest, Load]]) -> str:
             f"{mean['slices']:,.0f}",
             f"{mean['memory'] / MIB:.1f} MiB",
             f"{mean['torn_bytes'] / GIB:,.0f} GiB ({later:.0%})",
-            f"{(mean['kept'] - mean['shared']) / GIB:,.1f} GiB",
+            f"{max(0, mean['kept'] - mean['shared']) / GIB:,.1f} GiB",
         )
     )
 
