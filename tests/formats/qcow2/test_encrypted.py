@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -120,3 +123,22 @@ def test_the_legacy_encryption_is_refused_by_name(tmp_path: Path, qemu_img: Qemu
     with pytest.raises(ImageError, match="crypt_method at 0x20: AES encryption is not supported") as caught:
         vmconv.info(image)
     assert "qemu-img" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("line", ["snapshot -c one {}", "rebase -u -b '' {}", "bitmap --add {} b0", "resize {} 20M"])
+def test_a_command_without_passphrases_names_no_option_for_them(
+    line: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes((made / "disk.qcow2").read_bytes())
+    command, *_ = words = shlex.split(line.format(path))
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert options
+    main(words)
+    said = capsys.readouterr().err
+    assert "is encrypted" in said
+    for sentence in said.splitlines():
+        assert "--secret" not in sentence or "--secret" in options or "vmconv convert --secret" in sentence, options

@@ -96,7 +96,7 @@ class Opener:
         settle: Callable[[str], None] | None = None,
         decompress: Callable[[File], File] | None = None,
         confined: bool = False,
-        secrets: Secrets | Iterable[str] = (),
+        secrets: Secrets | Iterable[str] | None = None,
         remote: bool = False,
         spool: Callable[[str], File] | None = None,
         parents: GivenParents | Iterable[str] = (),

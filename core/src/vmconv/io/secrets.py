@@ -30,10 +30,14 @@ class _Read(NamedTuple):
 
 
 class Secrets:
-    """The passphrases in the files `names`; "-" is standard input. Each is all bytes of its file, as for QEMU."""
+    """The passphrases in the files `names`; "-" is standard input. Each is all bytes of its file, as for QEMU.
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self._names = tuple(dict.fromkeys(names))
+    `names` is None for a caller that takes no passphrases, such as a command that changes an image where it lies.
+    """
+
+    def __init__(self, names: Iterable[str] | None = None) -> None:
+        self._taken = names is not None
+        self._names = tuple(dict.fromkeys(names or ()))
         if len(self._names) > MAX_SECRETS:
             raise UsageError(f"--secret: {len(self._names)} files, {MAX_SECRETS} at most")
 
@@ -46,7 +50,9 @@ class Secrets:
         if not self._names:
             raise SecretError(
                 f"{name}: is encrypted, and no passphrase is given",
-                hint="--secret FILE names a file that has it, --secret - reads it from the terminal or a pipe",
+                hint="--secret FILE names a file that has it, --secret - reads it from the terminal or a pipe"
+                if self._taken
+                else "this takes none; vmconv convert --secret FILE makes an image that is not encrypted",
             )
         return tuple(one.content for one in self._found)
 
