@@ -24,7 +24,7 @@ from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.cli.client import NodeClient, Reply
 from vmconv_fleet.errors import MalformedError, NotReadyError, Refusal, StoreError
 from vmconv_fleet.node.daemon import MERGED, Daemon
-from vmconv_fleet.replication import epochs, merging, messages, records, strays
+from vmconv_fleet.replication import epochs, forks, merging, messages, records, strays
 from vmconv_fleet.replication.merging import merge
 from vmconv_fleet.replication.messages import Notice
 from vmconv_fleet.replication.records import Change, Record, decode, encode, seal
@@ -1026,3 +1026,11 @@ def test_a_node_without_its_database_does_not_execute_again_what_it_has_answered
     fleet.flow(3000)
     assert [one.body["request"] for one in third.replica.store.find("transaction", new.id)] == ["last"]
     assert (new.body(new, "response", response_id(other.id, "done")) or {"ok": None})["ok"] is False
+
+
+@pytest.mark.parametrize("said", ["00ff", "zz", "", 5, None])
+def test_a_proof_of_an_earlier_version_that_is_none_proves_nothing(said: object) -> None:
+    _, one, _ = pair()
+    record = one.replica.store.get(one.id, "epoch", "history")
+    assert record is not None
+    assert list(forks._pairs([record._replace(body={**record.body, "cloned": said})])) == []
