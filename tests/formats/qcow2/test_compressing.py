@@ -295,3 +295,19 @@ def test_runs_of_ranges_that_touch_or_overlap() -> None:
 def test_nothing_to_compress() -> None:
     layout = write(disk([], MIB), Options(compress=True), Placement())
     assert layout.files[-1].table.size % 65536 == 0
+
+
+def test_clusters_are_taken_over_wherever_they_lie(tmp_path: Path, qemu_img: QemuImg) -> None:
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        for start, end in ((2, 5), (9, 10), (13, 16)):
+            file.seek(start << 16)
+            file.write(b"some text " * ((end - start << 16) // 10))
+        file.truncate(1 << 20)
+    first, second = tmp_path / "first.qcow2", tmp_path / "second.qcow2"
+    vmconv.convert(disk, first, compress=True)
+    vmconv.convert(first, second, compress=True)
+    for made in (first, second):
+        qemu_img("check", made)
+        qemu_img("compare", "-f", "raw", disk, made)
+    assert second.stat().st_size == first.stat().st_size
