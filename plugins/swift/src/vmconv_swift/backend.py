@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -82,18 +82,29 @@ class SwiftBackend(ObjectBackend):
         self.exists = False
 
     def staged(self, image: Image) -> Image:
-        if self.client.container(self.container) is None:
-            raise AccessError(f"swift://{self.client.cloud.name}/{self.container}: there is no such container")
-        for target in () if self.force else self.targets.values():
-            if self.client.head(target.where):
-                raise ExistsError(f"{target.url.shown}: already exists", hint="--force replaces it")
-        self.exists = refuse_stranger(self.client, self.own)
+        questions: list[Callable[[], object]] = [self._refuse_missing, self._look_at_own]
+        if not self.force:
+            questions += [partial(self._refuse_existing, target) for target in self.targets.values()]
+        # The store takes its time for each, so all are asked at once; the last is needed later.
+        for _ in in_order(_ask, [*questions, lambda: self.client.most_segments]):
+            pass
         table, _ = staged(image.flat, self.client, self.own, self._may_refer)
         mine = {target.where for target in self.targets.values()}
         for source in table.sources:
             if isinstance(source, LeafFile) and source.where in mine:
                 raise PlanError(f"{source.name}: is part of the source", hint="choose another name for the target")
         return image.holding(table)
+
+    def _refuse_missing(self) -> None:
+        if self.client.container(self.container) is None:
+            raise AccessError(f"swift://{self.client.cloud.name}/{self.container}: there is no such container")
+
+    def _look_at_own(self) -> None:
+        self.exists = refuse_stranger(self.client, self.own)
+
+    def _refuse_existing(self, target: Target) -> None:
+        if self.client.head(target.where):
+            raise ExistsError(f"{target.url.shown}: already exists", hint="--force replaces it")
 
     def _may_refer(self, leaf: Leaf) -> bool:
         return self.adopt or (leaf.where.container == self.own and self.exists)
@@ -113,6 +124,10 @@ class SwiftBackend(ObjectBackend):
 
     def start(self, sources: Sequence[File], *, force: bool) -> Transaction:
         return Publication(self)
+
+
+def _ask(question: Callable[[], object]) -> object:
+    return question()
 
 
 class Publication(Transaction):
@@ -377,8 +392,9 @@ class SwiftOutput(Output):
         segments = self._tree(placed(self._rows, self.size))
         self.body, self.etag = body_of(segments), etag_of(segments)
         self.publication.uses[self.candidate.name] = None
-        self.publication.client.put_manifest(self.candidate, self.body, self.etag, self.size)
+        self.publication.client.put_manifest(self.candidate, self.body, self.etag, self.size, look=False)
         made = SwiftObject(self.publication.client, self.candidate)
+        self.publication.client.refuse_other(self.candidate, made.found, self.etag, self.size)
         self._file = file = RemoteFile(self.target.url, made)
         refuse_other_content(self.plan, made, file)
         self.publication.used(window.leaf for window in made.windows if window.leaf)

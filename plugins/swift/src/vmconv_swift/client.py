@@ -113,10 +113,12 @@ class Client:
             raise BackendError(f"{self.shown(where)}: the store has the MD5 {stored or 'of nothing'}, {etag} was sent")
         return etag
 
-    def put_manifest(self, where: ObjectName, body: bytes, etag: str, size: int, *, new: bool = False) -> bool:
+    def put_manifest(
+        self, where: ObjectName, body: bytes, etag: str, size: int, *, new: bool = False, look: bool = True
+    ) -> bool:
         """Makes a static large object; False if `new` and the name is taken.
 
-        Raises `BackendError` unless the object has this ETag and size.
+        Raises `BackendError` unless the object has this ETag and size. Without `look` the caller looks at it.
         """
         headers = {"Etag": etag, "Content-Type": "application/octet-stream"} | ({"If-None-Match": "*"} if new else {})
         query = "?multipart-manifest=put"
@@ -127,11 +129,15 @@ class Client:
             return answer.tries > 1 and there is not None and (there.etag, there.size) == (etag, size)
         if answer.status in (400, 409):
             raise BackendError(f"{self.shown(where)}: the store refuses the manifest: {_reason(answer)}")
-        there = self.head(where)
+        if look:
+            self.refuse_other(where, self.head(where), etag, size)
+        return True
+
+    def refuse_other(self, where: ObjectName, there: Found | None, etag: str, size: int) -> None:
+        """Raises `BackendError` unless what is there is a large object with this ETag and size."""
         if there is None or (there.etag, there.size, there.large) != (etag, size, True):
             found = f"{there.size} bytes with the ETag {there.etag}" if there else "nothing"
             raise BackendError(f"{self.shown(where)}: the store has {found}, {size} bytes with {etag} were meant")
-        return True
 
     def touch(self, where: ObjectName) -> bool:
         """Makes an object as young as a new one; False if there is none."""

@@ -39,6 +39,7 @@ class SwiftObject(Remote):
             raise AccessError(f"{self.shown}: there is no such object")
         if not found.size:
             raise AccessError(f"{self.shown}: is empty")
+        self.found = found
         self.etag, self.size, self.large = found.etag, found.size, found.large
         cloud = client.cloud
 
