@@ -160,3 +160,20 @@ def test_a_record_that_was_taken_for_that_of_another_is_written_again(
     let_time_pass()
     assert collected(container) == 0
     assert vmconv.compare(str(disk), container.url("disk.raw"))
+
+
+def test_a_listing_that_is_late_does_no_harm(
+    published: Container, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Payload was removed, and the listing has it still: the store refuses a manifest that names it."""
+    from vmconv_swift import backend
+
+    client = Client(cloud_of(CLOUD))
+    late = list(client.listing(published.own, "payload/"))
+    monkeypatch.setattr(backend, "_FEW", 0)
+    monkeypatch.setattr(Client, "listing", lambda *_: iter(late))
+    assert publish(published.url("disk.qcow2"), published.url("copy.vmdk")) == 0
+    published.swift.request("DELETE", f"/{published.own}/{late[0].name}")
+    assert publish(published.url("copy.vmdk"), published.url("again.vhdx")) == 1
+    assert late[0].name in capsys.readouterr().err
+    assert published.names() == ["copy.vmdk", "disk.qcow2"]

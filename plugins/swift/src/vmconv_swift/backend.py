@@ -9,10 +9,12 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.plugin import (
@@ -31,7 +33,7 @@ from vmconv.plugin import (
 )
 from vmconv_swift.manifest import MAX_DEPTH, Segment, body_of, etag_of
 from vmconv_swift.names import OWN_SUFFIX, ObjectName, own_container
-from vmconv_swift.payload import LeafFile, Piece, StoreFile, staged
+from vmconv_swift.payload import PREFIX, LeafFile, Piece, StoreFile, staged
 from vmconv_swift.readback import refuse_other_content
 from vmconv_swift.records import GRACE, MARK, Record, record_name, refuse_stranger
 from vmconv_swift.remote import SwiftObject, problems_of
@@ -45,6 +47,10 @@ if TYPE_CHECKING:
 
 _FRESH = 3600
 """Seconds after which something that is used again is touched, so that nobody removes it meanwhile."""
+_FEW = 4
+"""Objects that are looked at one by one."""
+_LISTED = 10000
+"""Rows of a listing that are read at least, if it has so many."""
 _UPLOADS = threading.BoundedSemaphore(2)
 """Pieces that are sent at once: each is in memory."""
 _MOST_ZEROS = 16
@@ -164,9 +170,24 @@ class Publication(Transaction):
         )
         self.record()
         # Only what is in the record may be relied on.
-        kept = (source for source in mine if isinstance(source, LeafFile) or source.there)
-        for _ in in_order(self._keep, kept):
+        kept = [source for source in mine if isinstance(source, LeafFile) or source.there]
+        young = self._young(len(kept))
+        for _ in in_order(self._keep, (source for source in kept if source.where not in young[source.etag])):
             pass
+
+    def _young(self, count: int) -> Mapping[str, set[ObjectName]]:
+        """Returns payload that is so young that nobody removes it, by ETag: many in one request.
+
+        A listing may lack what is new, or have what was removed a moment ago. The store looks at all segments of a
+        manifest when it is made.
+        """
+        found: dict[str, set[ObjectName]] = defaultdict(set)
+        if count > _FEW:
+            oldest = self.client.now() - _FRESH / 2
+            for entry in islice(self.client.listing(self.own, PREFIX), _LISTED + 2 * count):
+                if entry.modified > oldest:
+                    found[entry.etag].add(ObjectName(self.own, entry.name))
+        return found
 
     def _make_container(self) -> None:
         headers = self.client.container(self.backend.container) or {}

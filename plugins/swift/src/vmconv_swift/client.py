@@ -65,6 +65,7 @@ class Entry(NamedTuple):
     name: str
     size: int
     modified: float
+    etag: str
 
 
 class Sent(NamedTuple):
@@ -341,7 +342,7 @@ def _rows(content: bytes, said: str) -> list[Entry]:
         rows = []
         for row in json.loads(content):
             modified = datetime.fromisoformat(row["last_modified"]).replace(tzinfo=UTC).timestamp()
-            rows.append(Entry(str(row["name"]), int(row["bytes"]), modified))
+            rows.append(Entry(str(row["name"]), int(row["bytes"]), modified, str(row["hash"])))
     except (ValueError, KeyError, TypeError) as exc:
         raise ReadError(f"{said}: its listing cannot be understood") from exc
     return rows
