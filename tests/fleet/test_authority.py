@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError, NotReadyError
-from vmconv_fleet.replication.records import Record
+from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.testing import Lab, free_port
 from vmconv_fleet.trust import credentials, joining, membership
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, is_revocation
@@ -227,6 +227,15 @@ def test_the_name_of_a_retired_node_is_the_authoritys_alone(authority: Authority
 
 
 # Joining
+
+
+def test_an_id_is_known_by_its_records_or_by_its_certificate(lab: Lab) -> None:
+    config, certified = lab.add(), lab.add()
+    trust = CertificateTrust(Path(config.directory, "ca.pem").read_bytes())
+    trust.learn_certificate(credentials.load(certified).certificate)
+    service = SimpleNamespace(view=lambda: SimpleNamespace(positions=lambda: {"e" * 32: Position(1, 1)}))
+    members = membership.Members(service, trust, lambda: None, list, lambda *_: None)  # type: ignore[arg-type]
+    assert [members.is_known(node) for node in (certified.node, "e" * 32, "f" * 32)] == [True, True, False]
 
 
 def test_a_certificate_that_cannot_be_written_yet_admits_nobody(lab: Lab) -> None:
