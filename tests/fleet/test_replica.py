@@ -908,6 +908,25 @@ def test_a_page_that_leaves_something_out_belongs_to_no_pull() -> None:
     assert other.body(one, "thing", "t0") == {"value": 0}
 
 
+def test_records_of_one_write_are_applied_as_they_come() -> None:
+    fleet, one, other = pair()
+    _, sends = one.replica.write([Change("thing", "a", {"value": 1}), Change("thing", "b", {"value": 2})])
+    fleet.send(one, sends)
+    fleet.flow()
+    assert [other.body(one, "thing", id) for id in "ab"] == [{"value": 1}, {"value": 2}]
+    assert other.problems() == []
+
+
+def test_records_that_do_not_ascend_are_refused() -> None:
+    _, one, other = pair()
+    first, second = (one.write("thing", id, {}) for id in "ab")
+    ascending = other.replica._context.verifier.ascending
+    assert ascending(one.id, records.START, [first, second]) == [first, second]
+    for wrong in ([second, first], [first, first], [second._replace(epoch=1), first]):
+        with pytest.raises(MalformedError, match="follows"):
+            ascending(one.id, first.position._replace(seq=first.seq - 1), wrong)
+
+
 def test_a_forged_record_is_reported_as_one() -> None:
     fleet, one, other = pair()
     record = one.write("thing", "t", {})
