@@ -605,3 +605,21 @@ def test_differences_are_fields() -> None:
     assert found == {"b.c": ("x", "y"), "b.d": ("[1]", "[1, 2]"), "e": ("null", None), "f": (None, "new")}
     assert [one.field for one in differences(None, {"x": 1})] == ["x"]
     assert differences(before, before) == []
+
+
+def test_shared_storage_is_converted_by_all_that_are_appointed(run: Run, fleet: Fleet) -> None:
+    here, other = fleet.here, fleet.other
+    record = here.service.view().get(other.id, "datastore", "ds")
+    assert record
+    shared = {name: record.body[name] for name in ("path", "storage", "owner")}
+    here.write(Change("datastore", "mine", shared))
+    asked = ("datastore", "appoint", "ds", "--of", "n02", "--wait", "30", "--nodes")
+    assert run(*asked, "n01").startswith("datastore ds is converted by its owner and n01 (")
+    here.body_when(other.id, "datastore", "ds", lambda one: one.body.get("converters") == [here.id])
+    run("convert", "--select", "format=raw", "--to", "qcow2", "--yes", "--wait", "30")
+    (job,) = here.service.view().find("job", here.id)
+    assert (job.body["of"], job.body["datastore"]) == (other.id, "mine")
+    here.until(lambda: len(here.service.view().find("job", other.id)) == 1)
+    assert run(*asked, "none").startswith("datastore ds is converted by its owner (")
+    said = run("datastore", "appoint", "mine", "--wait", "30", "--nodes", "n02", code=1)
+    assert f"datastore mine is not this node's to convert: it belongs to {other.id}" in said

@@ -19,7 +19,7 @@ from vmconv_fleet.catalogue.windows import WindowError, parsed, windows_of
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
-from vmconv_fleet.jobs.policy import policy_of
+from vmconv_fleet.jobs.policy import policy_of, refuse_ruled_out
 from vmconv_fleet.jobs.task import Task
 from vmconv_fleet.jobs.throttle import Bandwidth
 from vmconv_fleet.replication.clock import wall_ms
@@ -154,10 +154,11 @@ class Run:
             raise Refusal(f"{kind} {identifier} no longer exists")
         if problem := source.body.get("problem"):
             raise Refusal(f"{kind} {identifier} cannot be read: {problem}")
-        datastore, owners, naming = str(source.body["datastore"]), [node], self._policy.naming
+        datastore, owners, rules = str(source.body["datastore"]), [node], self._policy
         if job.of is not None:
             datastore, owners = own_datastore(view, node, job.of, source.body), [job.of]
-            naming = policy_of(job.of, view).naming
+            rules = policy_of(job.of, view)
+            refuse_ruled_out(rules, job.format, keep_source=True)
         for name in (datastore, job.target_datastore):
             if name is not None and name not in roots:
                 raise Refusal(f"datastore {name} no longer exists")
@@ -178,8 +179,8 @@ class Run:
             options=job.options,
             target=job.target,
             target_root=roots[job.target_datastore] if job.target_datastore else None,
-            naming=naming,
-            zero_copy="require" if self._policy.zero_copy == "require" else job.zero_copy,
+            naming=rules.naming,
+            zero_copy="require" if "require" in (rules.zero_copy, self._policy.zero_copy) else job.zero_copy,
             journal=self._journal.path,
             dry_run=job.dry_run,
             removable=not job.keep_source and job.vm is None and job.of is None and not self._is_parent(job.disk),
