@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -21,6 +24,7 @@ from support.web import sparse_disk
 from vmconv.errors import AccessError, ReadError, UsageError, VmconvError
 from vmconv.interface.scheme import parse_url
 from vmconv.io.schemes import nbd
+from vmconv.io.schemes.secured import SecuredSocket
 
 GIB = 1 << 30
 
@@ -70,7 +74,6 @@ def test_nbdkit_is_read_by_tcp_under_a_name(tmp_path: Path, options: list[str]) 
 
 
 def test_our_own_server_is_read(tmp_path: Path) -> None:
-    import subprocess
     import sys
 
     raw = sparse_disk(tmp_path / "disk.raw", 8 * MIB, [(MIB, MIB)])
@@ -79,6 +82,48 @@ def test_our_own_server_is_read(tmp_path: Path) -> None:
         result = vmconv.convert(f"nbd+unix:///?socket={path}", tmp_path / "made.raw", source_format="raw")
     assert result.totals.copied == MIB
     assert subprocess.run(["cmp", raw, tmp_path / "made.raw"], check=False).returncode == 0
+
+
+def certificates(directory: Path) -> Path:
+    """Makes a certificate of `localhost` that is its own authority, where nbdkit expects the files."""
+    directory.mkdir()
+    command = [oracle_program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", str(directory / "server-key.pem"), "-out", str(directory / "server-cert.pem")]
+    subprocess.run([*command, *subject, *files], check=True, capture_output=True)
+    shutil.copy(directory / "server-cert.pem", directory / "ca-cert.pem")
+    return directory
+
+
+def test_an_export_is_read_over_tls_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = sparse_disk(tmp_path / "disk.raw", 64 * MIB, [(0, 48 * MIB)])
+    keys = certificates(tmp_path / "keys")
+    port = free_port()
+    command = [oracle_program("nbdkit"), "-f", "-r", "-i", "127.0.0.1", "-p", str(port)]
+    with running([*command, "--tls=require", f"--tls-certificates={keys}", "file", raw], port):
+        url = f"nbds://localhost:{port}/"
+        with pytest.raises(AccessError, match="its certificate is refused"):
+            vmconv.info(url, format_name="raw")
+        monkeypatch.setenv("SSL_CERT_FILE", str(keys / "ca-cert.pem"))
+        export = nbd.NbdExport(parse_url(url))
+        buffers = [bytearray(6 * MIB) for _ in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            read = pool.map(lambda n: export.read_into(n * 6 * MIB, memoryview(buffers[n])), range(8))
+            assert list(read) == [None] * 8
+        export.close()
+        vmconv.convert(url, tmp_path / "made.qcow2", source_format="raw")
+    assert b"".join(buffers) == raw.read_bytes()[: 48 * MIB]
+    assert vmconv.compare(tmp_path / "made.qcow2", raw)
+
+
+def test_a_server_that_leaves_during_the_handshake_of_tls_is_an_error(tmp_path: Path) -> None:
+    for answer in (b"", b"\x15\x03\x03\x00\x02\x02\x28", b"plain text"):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(answer)
+            theirs.shutdown(socket.SHUT_WR)
+            with pytest.raises(OSError):
+                SecuredSocket(ours, "localhost")
 
 
 @pytest.mark.parametrize(

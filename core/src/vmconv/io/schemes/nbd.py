@@ -24,6 +24,7 @@ from vmconv.io.schemes.pipelined import Pipelined, Request
 
 if TYPE_CHECKING:
     from vmconv.interface.scheme import Url
+    from vmconv.io.schemes.secured import SecuredSocket
 
 PORT = 10809
 SILENCE = 30.0
@@ -71,6 +72,7 @@ class NbdExport(Pipelined):
 
     def __init__(self, url: Url) -> None:
         super().__init__(url.shown)
+        self._socket: socket.socket | SecuredSocket
         self._name, self._socket = _connected(url)
         self._ranges: list[tuple[int, int]] | None = None
         try:
@@ -100,10 +102,13 @@ class NbdExport(Pipelined):
     def _start_tls(self, url: Url) -> None:
         import ssl
 
+        from vmconv.io.schemes.secured import SecuredSocket
+
         if not self._agrees(_STARTTLS, b""):
             raise AccessError(f"{self.shown}: the server has no TLS", hint="nbd:// is without it")
         try:
-            self._socket = ssl.create_default_context().wrap_socket(self._socket, server_hostname=url.bare_host)
+            assert isinstance(self._socket, socket.socket)
+            self._socket = SecuredSocket(self._socket, url.bare_host)
         except ssl.SSLCertVerificationError as exc:
             hint = "SSL_CERT_FILE names a file with the certificates of other authorities"
             raise AccessError(f"{self.shown}: its certificate is refused: {exc.verify_message}", hint=hint) from exc
