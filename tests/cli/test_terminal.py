@@ -93,11 +93,12 @@ def test_info_shows_the_chain_as_a_tree(tmp_path: Path, qemu_img: QemuImg, capsy
 
 def test_a_missing_parent_is_shown_in_its_place(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(broken)]) == 0
-    top, mid, base = tree_of(capsys.readouterr().out)
+    top, mid, base, hint = tree_of(capsys.readouterr().out)
     assert top.startswith(f"    {broken} (qcow2, 4 MiB")
     assert mid.startswith(f"    └── {broken.parent}/mid.qcow2 (qcow2, 4 MiB")
     assert base.startswith("        └── base.raw: not readable: ")
     assert "No such file or directory" in base
+    assert "--parent FILE" in hint
 
 
 def test_a_refused_parent_is_shown_in_its_place(
