@@ -85,7 +85,11 @@ def child_of(directory: Directory, own: Sequence[Own], registry: Registry) -> tu
 
     A short search, among files with the suffix of a format: None does not prove that there is no such image.
     """
-    return look(directory, own, registry, seconds=BRIEFLY, all_names=False).refers
+    try:
+        return look(directory, own, registry, seconds=BRIEFLY, all_names=False).refers
+    except AccessError:
+        # A directory may be writable without being readable.
+        return None
 
 
 def replaced_bases(directory: Directory, names: Sequence[str], registry: Registry) -> Iterator[str]:
