@@ -55,7 +55,8 @@ def look(
     the suffix of a format are searched. The search ends after `seconds`, by default `MOST_SECONDS`.
     """
     passed = {*but, *(each.name for each in own)}
-    names = [name for name in directory.names() if name not in passed]
+    # A search that only tells something needs no directory that may be listed.
+    names = [name for name in (directory.names() if all_names else directory.listed()) if name not in passed]
     # Files named like images come first, in case the time runs out.
     names.sort(key=lambda name: registry.format_by_suffix(name) is None)
     if not all_names:
@@ -85,11 +86,7 @@ def child_of(directory: Directory, own: Sequence[Own], registry: Registry) -> tu
 
     A short search, among files with the suffix of a format: None does not prove that there is no such image.
     """
-    try:
-        return look(directory, own, registry, seconds=BRIEFLY, all_names=False).refers
-    except AccessError:
-        # A directory may be writable without being readable.
-        return None
+    return look(directory, own, registry, seconds=BRIEFLY, all_names=False).refers
 
 
 def replaced_bases(directory: Directory, names: Sequence[str], registry: Registry) -> Iterator[str]:
