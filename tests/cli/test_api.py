@@ -347,6 +347,7 @@ COMMAND_LINE: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"zero_copy": "require", "cache": "unsafe", "backend": "copy"},
     ),
     "secrets": (["--secret", "a", "--secret", "-"], {"secrets": (Path("a"), "-")}),
+    "a new passphrase": (["--target-secret", "a"], {"target_secret": Path("a")}),
     "parents": (["--parent", "a", "--parent", "b"], {"parents": [Path("a"), "b"]}),
     "trees": (["--allow-external", "/a", "--allow-external", "/b"], {"allow_external": (b"/a", Path("/b"))}),
 }
@@ -392,8 +393,8 @@ def keywords_of(function: str) -> dict[str, Any]:
 
 INTERNAL = {"descriptor", "facts", "blank", "size", "storage"}
 """Fields of a request that other functions of the API set."""
-DEVICE = {"no_create", "target_is_zero"}
-"""Fields that make a block device the target."""
+FILE = {"no_create", "target_is_zero", "target_secret"}
+"""Fields for one target: a block device, or a file that is encrypted."""
 
 
 @pytest.mark.parametrize(
@@ -401,8 +402,8 @@ DEVICE = {"no_create", "target_is_zero"}
     [
         ("convert", (Request, arguments.RunOptions), INTERNAL),
         ("plan", (Request,), INTERNAL),
-        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "confined", *DEVICE, *INTERNAL}),
-        ("fanout", (Request, arguments.RunOptions), {"target_format", *DEVICE, *INTERNAL}),
+        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "confined", *FILE, *INTERNAL}),
+        ("fanout", (Request, arguments.RunOptions), {"target_format", *FILE, *INTERNAL}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading, arguments.MapOptions), set()),
         ("measure", (arguments.Measuring,), {"source"}),

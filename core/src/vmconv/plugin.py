@@ -126,7 +126,18 @@ if TYPE_CHECKING:
     from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
     from vmconv.model.plan import FilePlan, Plan, Progress, ShareSteps
     from vmconv.model.references import Dependency, Record, read_records, refer
-    from vmconv.model.sources import Blob, Decoded, Encoded, File, Placeholder, Reserved, Source, Stamp
+    from vmconv.model.sources import (
+        Blob,
+        Decoded,
+        Encoded,
+        Encrypted,
+        Encryptor,
+        File,
+        Placeholder,
+        Reserved,
+        Source,
+        Stamp,
+    )
     from vmconv.model.usage import GUEST, Metadata, Usage, overlaps, refuse_overlaps
     from vmconv.model.view import View
     from vmconv.placing import blocks
@@ -187,7 +198,9 @@ _HOMES = {
     "Disk": "model.disk",
     "DiskFacts": "model.facts",
     "Encoded": "model.sources",
+    "Encrypted": "model.sources",
     "Encryption": "interface.format",
+    "Encryptor": "model.sources",
     "Extents": "model.extents",
     "File": "model.sources",
     "Findings": "interface.findings",
@@ -334,7 +347,9 @@ __all__ = [
     "DiskFacts",
     "Draft",
     "Encoded",
+    "Encrypted",
     "Encryption",
+    "Encryptor",
     "ExistsError",
     "Extents",
     "File",

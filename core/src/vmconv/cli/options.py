@@ -117,6 +117,15 @@ def add_secret(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_target_secret(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target-secret",
+        metavar="FILE",
+        help="encrypt TARGET, a qcow2 image, by LUKS with this passphrase: all bytes of this file. All payload is\n"
+        "written",
+    )
+
+
 def add_parent(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parent",

@@ -24,6 +24,7 @@ from vmconv.cli.options import (
     add_snapshot,
     add_sparse,
     add_storage,
+    add_target_secret,
     in_snapshot,
     source_and_storage,
 )
@@ -104,6 +105,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     add_access(parser)
     add_secret(parser)
+    add_target_secret(parser)
     add_parent(parser)
 
 
@@ -134,5 +136,6 @@ def request_of(options: argparse.Namespace, source: str, target: str) -> Request
         decompress_limit=options.decompress_limit,
         offset=options.offset,
         length=options.length,
+        target_secret=options.target_secret,
         **common,
     )

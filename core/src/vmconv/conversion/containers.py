@@ -21,7 +21,7 @@ from vmconv.model.identity import derived, fresh
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement, Scratch
 from vmconv.model.references import name_for, plain, refer
-from vmconv.model.sources import File
+from vmconv.model.sources import Encryptor, File
 
 _MOST_GAPS = 4
 """Chunks by which a file may be longer than its disk, so that its payload begins where chunks do."""
@@ -31,6 +31,8 @@ _METADATA = 1024
 
 class Target(NamedTuple):
     """The requested target: the file `name` in `directory`, its format and its writer's options.
+
+    `encryptor` encrypts the image.
 
     `identity` comes from the options or is random. `content` is the identity of the content of an image that keeps its
     own; see `Placement`. `scratch` is room for what its writer makes.
@@ -43,6 +45,7 @@ class Target(NamedTuple):
     identity: bytes
     content: bytes | None = None
     scratch: Scratch | None = None
+    encryptor: Encryptor | None = None
 
     @classmethod
     def of(cls, wanted: Format, options: Any, directory: str, name: str) -> Target:
@@ -110,6 +113,7 @@ class Container(NamedTuple):
     backing: Backing | None
     layout: Layout
     identity: bytes | None = None
+    encryptor: Encryptor | None = None
 
     @property
     def below(self) -> Extents | None:
@@ -192,11 +196,18 @@ def lay_out(
     for layer, part in zip(reversed(range(len(parts))), parts, strict=True):
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
         placement = Placement(
-            survey.unit, part.name, target.directory, carrier, target.identity_of(layer), target.content, target.scratch
+            survey.unit,
+            part.name,
+            target.directory,
+            carrier,
+            target.identity_of(layer),
+            target.content,
+            target.scratch,
+            target.encryptor,
         )
         layout = _laid_out(disk, target, placement, backing, survey.chunk)
         identity = placement.identity if target.has_identity else None
-        made.append(Container(part.image, disk, target.format, part.name, backing, layout, identity))
+        made.append(Container(part.image, disk, target.format, part.name, backing, layout, identity, target.encryptor))
         if part is not parts[-1]:
             parent, backing = _as_parent(made[-1], target, registry), Backing(plain(part.name), target.format.name)
     return made

@@ -28,6 +28,7 @@ def refuse_unanswerable(request: Request) -> None:
         (request.snapshot is not None, "--snapshot"),
         (request.decompress, "--decompress"),
         (request.no_create, "-n"),
+        (request.target_secret is not None, "--target-secret"),
         (request.compress, "-c"),
         (request.bitmaps, "--bitmaps"),
         (request.more_sources, "several sources"),

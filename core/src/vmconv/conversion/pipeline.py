@@ -26,7 +26,7 @@ from vmconv.conversion.refusals import (
     refuse_other_states,
     refuse_too_large,
 )
-from vmconv.conversion.request import Request, Result, options_of
+from vmconv.conversion.request import Request, Result, encryptor_of, options_of
 from vmconv.conversion.streaming import refuse_elsewhere, target_elsewhere
 from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
@@ -503,7 +503,10 @@ def _target(registry: Registry, request: Request, place: _Place) -> Target:
     if there and not stat.S_ISREG(there.st_mode) and not request.no_create:
         raise PlanError(f"{request.target}: is not a regular file")
     # The image keeps its ids, but not those of its content.
-    return Target.of(wanted, options, directory.path, name)._replace(content=fresh() if request.no_create else None)
+    found = Target.of(wanted, options, directory.path, name)
+    return found._replace(
+        content=fresh() if request.no_create else None, encryptor=encryptor_of(request, wanted, registry)
+    )
 
 
 def _only_directory(places: Sequence[_Place]) -> Directory:

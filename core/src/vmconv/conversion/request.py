@@ -19,6 +19,7 @@ from vmconv.model.plan import CopyReason, Totals
 
 if TYPE_CHECKING:
     from vmconv.interface.format import Format
+    from vmconv.model.sources import Encryptor
 
 
 class Request(NamedTuple):
@@ -66,6 +67,8 @@ class Request(NamedTuple):
     `offset` and `length` take bytes `[offset, offset + length)` of the source as the disk, by default up to its end.
 
     `secrets` are files with passphrases of encrypted images; each is tried for each image.
+
+    `target_secret` is a file with the passphrase of the target, which is encrypted with it.
 
     `parents` are files that are the parents of layers whose parent is not where they say, from the top down.
 
@@ -118,6 +121,7 @@ class Request(NamedTuple):
     more_sources: FilePaths = ()
     sparse: int | None = None
     secrets: FilePaths = ()
+    target_secret: FilePath | None = None
     parents: FilePaths = ()
     storage: ObjectBackend | None = None
 
@@ -157,6 +161,7 @@ class Request(NamedTuple):
             self._refuse_sparse(self.sparse)
         if self.bitmaps and (self.chain or self.snapshot is not None or self.is_part):
             raise UsageError("--bitmaps: only for the present state of one whole image, no --chain, --snapshot or part")
+        self._refuse_encrypted()
         if self.skip_broken_bitmaps and not self.bitmaps:
             raise UsageError("--skip-broken-bitmaps is for --bitmaps")
         self._refuse_limit()
@@ -191,6 +196,21 @@ class Request(NamedTuple):
                     raise UsageError(
                         f"{name}: the target would be a part of the disk", hint="omit --offset and --length"
                     )
+
+    def _refuse_encrypted(self) -> None:
+        """Raises `UsageError` where a target to encrypt is no new file that holds all payload."""
+        if self.target_secret is None:
+            return
+        for given, name in (
+            (self.in_place, "--in-place"),
+            (self.chain, "--chain"),
+            (self.backing_file is not None, "-B"),
+            (self.no_create, "-n"),
+            (self.compress, "-c"),
+            (not self.is_local, "a stream or an object"),
+        ):
+            if given:
+                raise UsageError(f"--target-secret: encrypts the whole disk into a new file, and {name} does not")
 
     def _refuse_sparse(self, least: int) -> None:
         if least < 1:
@@ -267,6 +287,21 @@ def options_of(request: Request, wanted: Format, registry: Registry) -> Any:
         if getattr(mine, name) != getattr(theirs, name):
             raise UsageError(f"-c is -o {name}={value} for {wanted.name}, and {name}={given!s} contradicts it")
     return parse_options(wanted.options(), {**request.options, **wanted.compressing}, wanted.name)
+
+
+def encryptor_of(request: Request, wanted: Format, registry: Registry) -> Encryptor | None:
+    """Returns the encryption of the target; None if none is asked for. Raises `UsageError` if its writer has none."""
+    if request.target_secret is None:
+        return None
+    if wanted.encrypts_with is None:
+        can = ", ".join(sorted(name for name, one in registry.formats.items() if one.encrypts_with))
+        raise UsageError(
+            f"--target-secret: vmconv does not encrypt {wanted.name}",
+            hint=f"formats that it encrypts: {can or 'none installed'}",
+        )
+    from vmconv.io.secrets import new_passphrase
+
+    return registry.format(wanted.encrypts_with).encryptor(new_passphrase(request.target_secret))
 
 
 class Result(NamedTuple):

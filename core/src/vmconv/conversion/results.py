@@ -15,15 +15,24 @@ from vmconv.model.sources import File
 
 
 class Results(Opener):
-    """An opener that maps final names to files of the result, and the result's references to files of the source."""
+    """An opener that maps final names to files of the result, and the result's references to files of the source.
 
-    def __init__(self, registry: Registry, references: Iterable[Reference] = ()) -> None:
+    `passphrases` are those of the result.
+    """
+
+    def __init__(
+        self, registry: Registry, references: Iterable[Reference] = (), passphrases: tuple[bytes, ...] = ()
+    ) -> None:
         super().__init__(registry)
+        self._passphrases = passphrases
         self._results: dict[str, tuple[File, Format]] = {}
         self._sources = {reference.name: reference.file for reference in references}
 
     def add(self, name: str, file: File, reader: Format) -> None:
         self._results[name] = file, reader
+
+    def passphrases(self, file: File) -> tuple[bytes, ...]:
+        return self._passphrases or super().passphrases(file)
 
     def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         return self._sources.get(reference) or self._find(origin, reference, role)[0]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from vmconv.conversion.encrypted import as_decrypted
 from vmconv.conversion.results import Results
 from vmconv.errors import UsageError, VerifyError, VmconvError
 from vmconv.inspect.comparison import first_difference
@@ -104,7 +105,9 @@ def read_back(containers: Sequence[Container], files: Iterable[File], registry: 
     from vmconv.conversion.readback import Sides
 
     # One opener for all containers, so that a child finds its parent among the results.
-    results = Results(registry, (reference for container in containers for reference in container.layout.references))
+    passphrases = tuple(container.encryptor.passphrase for container in containers if container.encryptor)
+    references = (reference for container in containers for reference in container.layout.references)
+    results = Results(registry, references, passphrases)
     finished = iter(files)
     made: dict[str, Made] = {}
     layouts: dict[int, Extents] = {}
@@ -147,7 +150,8 @@ def _checked(containers: Sequence[Container], files: Iterable[File], registry: R
 
     for one in read_back(containers, files, registry):
         # Before the files are composed: windows onto encoded payload name the result's own file.
-        table = _as_encoded(one)
+        _check_encrypted(one)
+        table = as_decrypted(_as_encoded(one), one.sides.layouts)
         for out, file in zip(one.container.layout.files, one.files, strict=True):
             table = table.through(file, out.table)
         for reference in one.container.layout.references:
@@ -168,6 +172,19 @@ def _as_encoded(one: Made) -> Extents:
     disk = one.container.disk
     wanted = disk.flat if one.container.below is None else disk.guest
     return as_encoded(table, one.sides.layouts, wanted.window(0, table.size, Kind.ZERO))
+
+
+def _check_encrypted(one: Made) -> None:
+    """Raises `VerifyError` if a result that should be encrypted has payload that is not, or by another key."""
+    encryptor, table = one.container.encryptor, one.image.guest
+    if encryptor is None:
+        return
+    used = np.unique(table.source[table.kind == Kind.DATA]).tolist()
+    sources = [table.sources[index] for index in used]
+    if not one.image.details.get("encrypted") or any(
+        not isinstance(source, Decoded) or source.cipher != encryptor.cipher for source in sources
+    ):
+        raise VerifyError(f"{one.container.name}: the result is not encrypted as it was planned")
 
 
 def _check_bitmaps(one: Made) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vmconv.model.image import Image
     from vmconv.model.layer import WritableLayer
     from vmconv.model.layout import Backing, Layout, Placement
-    from vmconv.model.sources import Decoded, File
+    from vmconv.model.sources import Decoded, Encryptor, File
 
 
 FormatKind = Literal["disk", "memory"]
@@ -119,6 +119,9 @@ class Format:
     """True if `with_bitmaps` reads persistent bitmaps and the writer stores `Image.bitmaps`."""
     compressing: Mapping[str, str] = MappingProxyType({})
     """The writer's options that compress all payload, for `convert -c`; none if it cannot."""
+    encrypts_with: str | None = None
+    """The format whose header the writer puts into an image that it encrypts (`Placement.encryptor`); None if it never
+    does."""
     in_place = False
     """True if the writer supports `Placement.carrier`: payload stays at its offset in a file."""
 
@@ -154,6 +157,13 @@ class Format:
         length)` of `file`. Raises `ImageError` if it is damaged or not supported.
         """
         raise NotImplementedError(f"{self.name} is no encryption")
+
+    def encryptor(self, passphrase: bytes) -> Encryptor:
+        """Returns the encryption of a new image of another format, with a header of this one and a random key.
+
+        Raises `AccessError` for a passphrase that readers of such images do not take.
+        """
+        raise NotImplementedError(f"{self.name} encrypts no images")
 
     def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
         """Returns the layout of `image.flat`, or of `image.guest` on top of `backing`.

@@ -76,6 +76,19 @@ class Secrets:
         self.__dict__.pop("_found", None)
 
 
+def new_passphrase(name: str) -> bytes:
+    """Returns the passphrase of a new image: all bytes of the file `name`.
+
+    Raises `UsageError` for standard input: one that is typed once, wrongly, opens nothing later.
+    """
+    if name == STANDARD_INPUT:
+        raise UsageError("--target-secret -: a new passphrase is read from a file", hint="name a file that has it")
+    found = _read(name)
+    if found.file:
+        found.file.close()
+    return found.content
+
+
 def _read(name: str) -> _Read:
     if name == STANDARD_INPUT:
         return _Read(_standard_input(), None)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vmconv.model.extents import Extents
     from vmconv.model.image import Image
     from vmconv.model.references import Record
-    from vmconv.model.sources import File
+    from vmconv.model.sources import Encryptor, File
 
 
 # A default argument has to be a constant. Conversions pass an identity for each image.
@@ -45,6 +45,8 @@ class Placement(NamedTuple):
 
     `scratch` is room for bytes that cost much to make, such as compressed ones. Without it they are made twice: once
     for their sizes.
+
+    `encryptor` encrypts all payload. Only a format with `encrypts_with` gets one.
     """
 
     modulus: int = 1
@@ -54,6 +56,7 @@ class Placement(NamedTuple):
     identity: bytes = _OF_THIS_PROCESS
     content: bytes | None = None
     scratch: Scratch | None = None
+    encryptor: Encryptor | None = None
 
     @property
     def content_identity(self) -> bytes:

@@ -216,6 +216,9 @@ class Decoded(Source):
     `(offset, length)` of the encoded bytes in `file`, for the numbers of units that some table has.
     """
 
+    cipher: str | None = None
+    """For encrypted payload: names the cipher and its key, of which it tells nothing. Equal names mean that equal bytes
+    at equal places of a file are equal payload."""
     step = 512 << 10
     """Bytes to read at once: small enough for decoded data to stay in the CPU cache until it is written."""
 
@@ -272,6 +275,50 @@ class Encoded(Decoded):
     @abstractmethod
     def units_at(self, offset: Column) -> tuple[Column, Column]:
         """Returns guest address and encoded length of the units that begin at these offsets; -1 where none does."""
+
+
+class Encryptor:
+    """How a new image is encrypted. `header`, `length` bytes with the zeros behind it, goes to a place of the writer's
+    choice; it holds the key of the payload, encrypted by `passphrase`.
+
+    `cipher` is that of `Decoded`, `encrypt` that of `Encrypted`. It shows neither passphrase nor key.
+    """
+
+    __slots__ = ("cipher", "encrypt", "header", "length", "passphrase")
+
+    def __init__(
+        self, header: bytes, length: int, cipher: str, encrypt: Callable[[int, bytes], bytes], passphrase: bytes
+    ) -> None:
+        self.header = header
+        self.length = length
+        self.cipher = cipher
+        self.encrypt = encrypt
+        self.passphrase = passphrase
+
+
+class Encrypted(Decoded):
+    """Payload that a writer encrypts: all bytes of `plain`, the table of its output without encryption.
+
+    A byte keeps its place. `encrypt(number, data)` returns whole sectors of `SECTOR` bytes, encrypted; `number` is that
+    of the first one, which the output begins to count at 0.
+    """
+
+    SECTOR = 512
+
+    def __init__(self, name: str, file: File, plain: Extents, encryptor: Encryptor) -> None:
+        super().__init__(
+            name, file, unit=self.SECTOR, count=plain.size // self.SECTOR, reason="the new image is encrypted"
+        )
+        self.cipher = encryptor.cipher
+        self.plain = plain
+        self._encrypt = encryptor.encrypt
+
+    def units(self, offset: int, length: int) -> list[bytes]:
+        if not length:
+            return []
+        first, end = offset // self.unit * self.unit, -(-(offset + length) // self.unit) * self.unit
+        data = self._encrypt(first // self.unit, self.plain.read(first, end - first))
+        return [data[offset - first : offset - first + length]]
 
 
 class Placeholder(Source):

@@ -1,4 +1,4 @@
-"""LUKS disks for vmconv: encrypted containers of QEMU and cryptsetup. Read-only."""
+"""LUKS disks for vmconv: encrypted containers of QEMU and cryptsetup, read-only, and new encrypted qcow2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import CheckReport, Encryption, File, Image, Opener
+    from vmconv.plugin import CheckReport, Encryption, Encryptor, File, Image, Opener
 
 
 class Luks(Format):
@@ -29,6 +29,11 @@ class Luks(Format):
         from vmconv_luks.reader import encryption
 
         return encryption(file, opener, offset, length)
+
+    def encryptor(self, passphrase: bytes) -> Encryptor:
+        from vmconv_luks.writer import encryptor
+
+        return encryptor(passphrase)
 
     def qemu_incompatibility(self, image: Image) -> str | None:
         return "QEMU needs the passphrase to read it"

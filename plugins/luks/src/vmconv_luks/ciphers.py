@@ -92,6 +92,11 @@ class SectorCipher:
         return found
 
 
+def key_name(cipher: str, key: bytes) -> str:
+    """Returns a name of a cipher with its key that tells nothing of the key, for `Decoded.cipher`."""
+    return f"{cipher} {hashlib.sha256(b'vmconv ' + cipher.encode() + key).hexdigest()}"
+
+
 def _ecb(key: bytes, words: _Words, *, decrypt: bool = False) -> _Words:
     cipher = Cipher(algorithms.AES(key), modes.ECB())
     context = cipher.decryptor() if decrypt else cipher.encryptor()

@@ -65,8 +65,8 @@ def merged(split: bytes, length: int, digest: str) -> bytes:
     """Returns the key of `length` bytes from its stripes (the anti-forensic splitter of LUKS)."""
     found = bytes(length)
     for at in range(0, len(split) - length, length):
-        found = diffused(_xor(found, split[at : at + length]), digest)
-    return _xor(found, split[len(split) - length :])
+        found = diffused(xor(found, split[at : at + length]), digest)
+    return xor(found, split[len(split) - length :])
 
 
 def diffused(data: bytes, digest: str) -> bytes:
@@ -80,5 +80,6 @@ def diffused(data: bytes, digest: str) -> bytes:
     return found[: len(data)]
 
 
-def _xor(one: bytes, other: bytes) -> bytes:
+def xor(one: bytes, other: bytes) -> bytes:
+    """Returns the exclusive or of bytes of one length."""
     return (int.from_bytes(one) ^ int.from_bytes(other)).to_bytes(len(one))

@@ -13,7 +13,7 @@ from vmconv.plugin import (
     UsageError,
 )
 from vmconv_luks import luks1, structs
-from vmconv_luks.ciphers import SectorCipher
+from vmconv_luks.ciphers import SectorCipher, key_name
 from vmconv_luks.keys import unlock
 from vmconv_luks.volume import Volume
 
@@ -85,6 +85,9 @@ class Decrypted(Decoded):
         self._start = start
         self._first_sector = volume.first_sector
         self._cipher = SectorCipher(volume.cipher, key, volume.sector)
+        if not (start or volume.first_sector) and volume.sector == structs.SECTOR:
+            # Only then a sector's number is its place in the file.
+            self.cipher = key_name(volume.cipher, key)
 
     def units(self, offset: int, length: int) -> list[bytes]:
         if not length:

@@ -33,6 +33,7 @@ class Qcow2(Format):
     not_mountable = frozenset({"reference"})
     in_place = True
     keeps_bitmaps = True
+    encrypts_with = "luks"
     compressing = MappingProxyType({"compress": "on"})
 
     def options(self) -> type[Any]:

@@ -128,7 +128,7 @@ def options_of(image: Image) -> Options:
     if header.data_file:
         raise PlanError(f"{image.file.name}: its payload lies in the data file {header.data_file!r}")
     if header.encryption:
-        raise PlanError(f"{image.file.name}: is encrypted, and vmconv does not encrypt qcow2")
+        raise PlanError(f"{image.file.name}: is encrypted, and options do not tell its key")
     return Options(
         cluster_size=header.cluster_size,
         compat="1.1" if header.version == 3 else "0.10",

@@ -2,11 +2,12 @@
 
     header | refcount table | refcount blocks | L1 table | L2 tables | payload
     header | refcount table | refcount blocks | L1 table | L2 tables | payload | compressed ones      (compress)
+    header | refcount table | refcount blocks | L1 table | L2 tables | header of LUKS | payload            (encrypted)
     header | payload, unmoved | payload moved to clear the header | refcount table | ... | L2 tables     (in place)
 
 Payload is placed so that it can be shared: in the order of its sources, each run congruent to its source. In place it
 stays where it is, in clusters small enough for that. The large tables (L2, refcounts) are computed on writing, a slice
-at a time.
+at a time. Encrypted payload is whole clusters, because what is not there decrypts to noise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vmconv.plugin import (
     Blob,
     Column,
     Columns,
+    Encrypted,
     Extents,
     File,
     Image,
@@ -67,6 +69,7 @@ class _Tables(NamedTuple):
     l1: int
     l2: int
     bitmaps: int
+    encryption: int
     end: int
 
 
@@ -97,11 +100,15 @@ class _Writer:
         self.options = options
         self.references = tuple(_references(image, options, backing))
         self.backing = backing
-        self.modulus = placement.modulus
+        self.carrier = placement.carrier
+        self.encryptor = placement.encryptor
+        self.file = image.file
+        if self.encryptor:
+            self._refuse_unencrypted()
+        self.modulus = 1 if self.encryptor else placement.modulus
         # A disk is whole sectors.
         self.size = -(-image.size // 512) * 512
         table = blocks.grown(image, self.size, on_parent=backing is not None)
-        self.carrier = placement.carrier
         if self.carrier:
             self._pin(table, self.carrier)
         else:
@@ -135,6 +142,19 @@ class _Writer:
             first = np.append(first, self.packing.number)
             count = np.append(count, np.ones_like(self.packing.number))
         self.l2_tables = columns.touched(first, count, self.entries)
+
+    def _refuse_unencrypted(self) -> None:
+        """Raises `PlanError` where payload would not be written, or not by whole clusters of its own."""
+        for given, what in (
+            (self.carrier, "in place, payload keeps its bytes"),
+            (self.options.data_file, "data_file keeps payload in SOURCE"),
+            (self.options.subformat == "reference", "subformat=reference keeps payload in SOURCE"),
+            (self.options.compress, "compressed clusters are no whole sectors"),
+            (self.options.preallocation != "off", "preallocated clusters would decrypt to noise"),
+            (self.backing, "a layer on a backing file needs parts of its clusters"),
+        ):
+            if given:
+                raise PlanError(f"an encrypted qcow2 image holds the whole disk: {what}")
 
     def _refuse_preallocation(self) -> None:
         if self.backing:
@@ -196,8 +216,8 @@ class _Writer:
             from vmconv_qcow2.packing import source_cluster
 
             return source_cluster(table, self.options.compression_type) or clusters.DEFAULT
-        # Extended entries need large clusters.
-        if self.options.extended_l2:
+        # Extended entries need large clusters, and encrypted payload is not shared.
+        if self.options.extended_l2 or self.encryptor:
             return clusters.DEFAULT
         return clusters.cluster_size(table, self.modulus, self.options.refcount_bits)
 
@@ -210,13 +230,20 @@ class _Writer:
         if self.packing and self.packing.end:
             end = packed_at + -(-self.packing.end // self.cluster) * self.cluster
         rows, row_length = cut(self.guest, runs.first * self.cluster, length, offset)
+        owners = self.guest.sources
+        if self.encryptor:
+            plain = Extents.placed(end, rows, row_length, owners)
+            owners = (Encrypted(f"{self.file.name} (encrypted)", self.file, plain, self.encryptor),)
+            nothing = np.zeros(len(offset), dtype=np.int32)
+            rows = Columns(offset, np.full(len(offset), Kind.DATA, dtype=np.uint8), nothing, offset)
+            row_length = length
         if self.options.data_file:
             # Payload stays there, and the entries of its clusters are the same.
             rows, row_length = rows.take(row_length < 0), row_length[:0]
         file = self._file(tables, runs, offset, end, packed_at)
         metadata = [(offset, blob) for offset, blob in file if blob.size]
-        sources = (*self.guest.sources, *(blob for _, blob in metadata))
-        first = len(self.guest.sources)
+        sources = (*owners, *(blob for _, blob in metadata))
+        first = len(owners)
         blobs = Columns(
             np.array([offset for offset, _ in metadata], dtype=np.int64),
             np.full(len(metadata), Kind.DATA, dtype=np.uint8),
@@ -305,8 +332,11 @@ class _Writer:
         l1 = first_block + len(refcount_blocks) * cluster
         l2 = l1 + -(-l1_entries * 8 // cluster) * cluster
         bitmaps = l2 + len(self.l2_tables) * cluster
-        end = bitmaps + (self.bitmaps.length if self.bitmaps else 0)
-        return _Tables(l1_entries, self.l2_tables, refcount_blocks, start, first_block, l1, l2, bitmaps, end)
+        encryption = bitmaps + (self.bitmaps.length if self.bitmaps else 0)
+        end = encryption + (-(-self.encryptor.length // cluster) * cluster if self.encryptor else 0)
+        return _Tables(
+            l1_entries, self.l2_tables, refcount_blocks, start, first_block, l1, l2, bitmaps, encryption, end
+        )
 
     def _l1_entries(self, size: int) -> int:
         # One entry even for a disk of 0 bytes: libqcow refuses an empty L1 table.
@@ -353,6 +383,7 @@ class _Writer:
             (tables.l1, Blob("L1 table", l1.tobytes() if len(tables.l2_tables) else b"")),
             (tables.l2, self._l2(host, tables.l2_tables, packed_at)),
             *(self.bitmaps.blobs(tables.bitmaps) if self.bitmaps else []),
+            *([(tables.encryption, Blob("header of LUKS", self.encryptor.header))] if self.encryptor else []),
         ]
 
     def _host(self, runs: blocks.Runs, offset: Column, output: Source) -> Extents:
@@ -379,6 +410,9 @@ class _Writer:
             extensions += build_extension(structs.DATA_FILE_NAME, os.fsencode(options.data_file))
         if self.bitmaps:
             extensions += build_extension(structs.BITMAPS, self.bitmaps.extension(tables.bitmaps))
+        if self.encryptor:
+            place = {"offset": tables.encryption, "length": self.encryptor.length}
+            extensions += build_extension(structs.ENCRYPTION, structs.Encryption.build(place))
         extensions += build_extension(structs.END, b"")
         length = structs.V2_LENGTH if options.version == 2 else structs.V3_FULL_LENGTH
         name_offset = length + len(extensions)
@@ -394,7 +428,7 @@ class _Writer:
             "backing_file_size": len(name),
             "cluster_bits": self.cluster.bit_length() - 1,
             "size": self.size,
-            "crypt_method": 0,
+            "crypt_method": structs.CRYPT_LUKS if self.encryptor else 0,
             "l1_size": tables.l1_entries,
             "l1_table_offset": tables.l1,
             "refcount_table_offset": tables.refcount_table,
