@@ -151,6 +151,25 @@ def test_a_chain_becomes_one_encrypted_image(disk: Path, tmp_path: Path, qemu_im
     qemu_img("compare", *opened(image, known), f"driver=qcow2,file.filename={top}")
 
 
+def test_bitmaps_are_carried(tmp_path: Path, qemu_img: QemuImg) -> None:
+    source, image, known = tmp_path / "source.qcow2", tmp_path / "new.qcow2", secret(tmp_path)
+    qemu_img("create", "-f", "qcow2", source, "40M")
+    qemu_img("bitmap", "--add", source, "b0")
+    subprocess.run(["qemu-io", "-c", "write -P 5 3M 1M", str(source)], check=True, capture_output=True)
+    vmconv.convert(source, image, target_secret=known, bitmaps=True)
+    qemu_img("check", *opened(image, known))
+    qemu_img("compare", *opened(image, known), f"driver=qcow2,file.filename={source}")
+    (bitmap,) = json.loads(qemu_img("info", "--output=json", image).stdout)["format-specific"]["data"]["bitmaps"]
+    assert bitmap["name"] == "b0"
+
+
+def test_disks_are_joined_into_an_encrypted_one(disk: Path, tmp_path: Path, qemu_img: QemuImg) -> None:
+    known, image, joined = secret(tmp_path), tmp_path / "new.qcow2", tmp_path / "joined.raw"
+    vmconv.convert(disk, image, more_sources=[disk], target_secret=known)
+    joined.write_bytes(disk.read_bytes() * 2)
+    qemu_img("compare", *opened(image, known), f"driver=raw,file.filename={joined}")
+
+
 @pytest.mark.parametrize("size", [0, 512])
 def test_a_disk_of_zeros(tmp_path: Path, qemu_img: QemuImg, size: int) -> None:
     disk, image, known = tmp_path / "disk.raw", tmp_path / "new.qcow2", secret(tmp_path)
