@@ -254,6 +254,33 @@ def keys(path: Path, name: str, qemu_img: QemuImg, key: str) -> list[str]:
     return [line for line in text.splitlines() if f'"{key}"' in line]
 
 
+def test_skipped_bitmaps_are_named(
+    images: Path, xfs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert theirs(images, ["bitmap", "--add", "kept.qcow2", "a1"]).code == 0
+    # A killed QEMU leaves bitmaps in use.
+    subprocess.run([oracle_program("qemu-io"), "-c", "abort", images / "kept.qcow2"], capture_output=True, check=False)
+    other = copied(images, xfs_dir / "theirs")
+    line = ["convert", "-O", "qcow2", "--bitmaps", "--skip-broken-bitmaps", "kept.qcow2", "new"]
+    got, want = ours(images, line, monkeypatch, capsys), theirs(other, line)
+    assert got == want, f"{got}\n{want}"
+    assert want.err.count("warning: Skipping inconsistent bitmap") == 2
+
+
+@pytest.mark.parametrize("line", ["info kept.qcow2", "info --output=json kept.qcow2", "snapshot -l kept.qcow2"])
+def test_a_snapshot_with_a_zero_byte_in_its_name_is_handed_over(
+    line: str, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    path = images / "kept.qcow2"
+    data = path.read_bytes()
+    at = int.from_bytes(data[64:72], "big")
+    name = data.index(b"one", at)
+    path.write_bytes(data[:name] + b"o\0e" + data[name + 3 :])
+    reason = ours(images, line.split(), monkeypatch, capsys)
+    assert isinstance(reason, str)
+    assert "name has a zero byte" in reason
+
+
 HANDED = [
     "",
     "--version",

@@ -87,7 +87,7 @@ def _as_qemu(facts: Mapping[str, Any], shown: str) -> dict[str, Any]:
     for key in (*(["cluster-size"] if name in _NO_CLUSTERS else []), *(["dirty-flag"] if name in _NO_FLAGS else [])):
         found.pop(key, None)
     if "snapshots" in found:
-        found["snapshots"] = [_ordered(one, _SNAPSHOT) for one in found["snapshots"]]
+        found["snapshots"] = [_ordered(_named(one), _SNAPSHOT) for one in found["snapshots"]]
     found.pop("format-specific", None)
     if name in _DATA:
         found["format-specific"] = {"type": name, "data": _specific(name, facts["format-specific"]["data"])}
@@ -158,6 +158,14 @@ def _specific_lines(facts: Mapping[str, Any] | Sequence[Any], depth: int) -> Ite
             yield f"{indent}{title}: {str(value).lower() if isinstance(value, bool) else value}"
 
 
+def _named(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the snapshot. Raises `NotAnsweredError` if it has a zero byte in its names, where QEMU ends them."""
+    for key in ("id", "name"):
+        if "\0" in snapshot[key]:
+            raise NotAnsweredError(f"a snapshot whose {key} has a zero byte")
+    return snapshot
+
+
 def snapshot_lines(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yields qemu-img's list of snapshots."""
     import time
@@ -165,7 +173,7 @@ def snapshot_lines(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     from vmconv.cli.output import size_text
 
     yield _ROW.format("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
-    for one in snapshots:
+    for one in map(_named, snapshots):
         seconds, milliseconds = one["vm-clock-sec"], one["vm-clock-nsec"] // 10**6
         clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["date-sec"]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from vmconv.cli.qemu_img.arguments import QEMU_NAMES, SECTOR, Given, plain_file, plain_name, size_of
-from vmconv.cli.qemu_img.handing import NotAnsweredError
+from vmconv.cli.qemu_img.handing import NAME, NotAnsweredError
 from vmconv.cli.qemu_img.images import ANYWHERE, format_of, new_mode, only_sharing, print_end, progress, translated
 
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -198,7 +200,7 @@ def convert(asked: Given) -> int:
         raise NotAnsweredError("-B without -F")
     compress, shown = asked.has("-c"), asked.has("-p") and not asked.has("-q")
     asked.cache("-T", "writeback")
-    converted(
+    result = converted(
         sources[0],
         target,
         more_sources=sources[1:],
@@ -222,8 +224,18 @@ def convert(asked: Given) -> int:
         announce=None if compress or device else only_sharing,
         progress=progress(shown),
     )
+    if asked.has("--skip-broken-bitmaps"):
+        _name_skipped(result.losses)
     print_end(shown)
     return 0
+
+
+def _name_skipped(losses: Sequence[str]) -> None:
+    """Prints the bitmaps among the losses, as QEMU warns of them: the last of the image first."""
+    for loss in reversed(losses):
+        bitmap, which, _ = loss.rpartition(", which ")
+        if which and bitmap.startswith("bitmap "):
+            print(f"{NAME}: warning: Skipping inconsistent {bitmap}", file=sys.stderr)
 
 
 def _refuse_odd(asked: Given) -> None:
