@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+from typing import cast
 
 _STEP = 64 << 10
 
@@ -41,7 +42,8 @@ class SecuredSocket:
         while True:
             with self._using:
                 try:
-                    return self._tls.read(len(buffer), buffer)
+                    # With a buffer it is the count of bytes, which typeshed does not know.
+                    return cast("int", self._tls.read(len(buffer), buffer))
                 except ssl.SSLWantReadError:
                     pass
                 except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
