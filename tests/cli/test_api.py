@@ -391,7 +391,7 @@ def keywords_of(function: str) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
 
 
-INTERNAL = {"descriptor", "facts", "blank", "size", "storage"}
+INTERNAL = {"descriptor", "facts", "blank", "size", "spared", "storage"}
 """Fields of a request that other functions of the API set."""
 FILE = {"no_create", "target_is_zero", "target_secret"}
 """Fields for one target: a block device, or a file that is encrypted."""

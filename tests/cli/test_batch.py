@@ -113,6 +113,29 @@ def test_two_disks_of_one_name_are_refused_before_anything_is_made(disks: list[P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_target_replaces_another_source_of_the_run(
+    tmp_path: Path, qemu_img: QemuImg, jobs: int, capsys: Capture
+) -> None:
+    """Neither a source itself, nor the base or the extent of one."""
+    out = tmp_path / "in" / "out"
+    out.mkdir(parents=True)
+    for number, name in enumerate(["a.vmdk", "base.vmdk", "out/a.vmdk", "out/base.vmdk"]):
+        raw = make_disk(tmp_path / "disk.raw", MIB, seed=number)
+        qemu_img("convert", "-O", "vmdk", raw, out.parent / name)
+    qemu_img("create", "-q", "-f", "vmdk", "-b", "out/base.vmdk", "-F", "vmdk", out.parent / "top.vmdk")
+    before = {path: path.read_bytes() for path in out.parent.rglob("*.vmdk")}
+    arguments = ["-O", "vmdk", "--directory", out, "--force", "--jobs", jobs, "--output", "json"]
+    assert run(*arguments, *(out.parent / name for name in ("a.vmdk", "base.vmdk", "top.vmdk", "out/a.vmdk"))) == 2
+    assert run(*arguments, *(out.parent / name for name in ("base.vmdk", "top.vmdk"))) == 5
+    assert states(events(capsys)) == {"base.vmdk": "failed", "top.vmdk": "made"}
+    assert before.items() <= {path: path.read_bytes() for path in out.parent.rglob("*.vmdk")}.items()
+    arguments = ["-O", "vmdk", "--directory", out, "--recursive", "--force", "--jobs", jobs, "--output", "json"]
+    assert run(*arguments, out.parent) == 5
+    assert "made" in states(events(capsys)).values()
+    assert before.items() <= {path: path.read_bytes() for path in out.parent.rglob("*.vmdk")}.items()
+
+
 WRONG = {
     "no format": (["--directory", "out"], "-O"),
     "no directory": (["--skip-existing", "-O", "qcow2"], "--directory"),

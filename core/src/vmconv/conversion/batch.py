@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -65,7 +66,22 @@ def requests(
                     hint="convert one of them alone, with a name of its own",
                 )
             found[target] = common._replace(source=path, target=target, target_format=wanted.name)
-    return list(found.values())
+    if not (common.force and any(map(os.path.lexists, found))):
+        return list(found.values())
+    spared = frozenset().union(*(_parts(request, registry) for request in found.values()))
+    return [request._replace(spared=spared) for request in found.values()]
+
+
+def _parts(request: Request, registry: Registry) -> set[_Id]:
+    """Returns the local files of which a source consists, with those of its parents."""
+    # What is at a URL is no target, and a pipe can be read once.
+    if not os.path.exists(request.source) or stat.S_ISFIFO(os.stat(request.source).st_mode):
+        return set()
+    with request.opener(registry) as opener:
+        # An image that cannot be read is reported when it is converted.
+        with suppress(VmconvError, OSError), plugin_faults():
+            opener.image(request.source, request.source_format).payload_files()
+        return {_id(file) for file in opener.files if not file.is_remote}
 
 
 def convert_all(

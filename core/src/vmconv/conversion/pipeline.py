@@ -150,7 +150,9 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             if device:
                 plan = on_device(plan, device, [made for one in conversions for made in one.containers], opener)
             image.warnings += tuple(_doubts(request, plan, directory, registry, others=not (site or device)))
-            collisions = no_collisions(plan, directory, opener.files, force=request.force, but=own)
+            collisions = no_collisions(
+                plan, directory, opener.files, force=request.force, but=own, spared=request.spared
+            )
             with nullcontext() if device else collisions:
                 # A single new file is linked. All else is renamed, which an append-only directory refuses.
                 single = len(plan.files) == 1 and not directory.has(plan.files[0].name)

@@ -74,11 +74,13 @@ def no_collisions(
     *,
     force: bool,
     but: Collection[str] = frozenset(),
+    spared: Collection[tuple[int, int]] = frozenset(),
     hint: str = "--force replaces it",
 ) -> Iterator[None]:
     """Raises `PlanError` if a target file is part of the source, exists, or is planned twice.
 
-    `but` are names of source files that the target may reuse. `hint` is that of a file that exists. With `force`,
+    `but` are names of source files that the target may reuse. `spared` are device and inode of files that other
+    conversions read. `hint` is that of a file that exists. With `force`,
     existing files are replaced: the block holds their locks, and raises `AccessError` if another process uses one.
     """
     made: set[str] = set()
@@ -92,6 +94,11 @@ def no_collisions(
             if file.name in but or there is None:
                 continue
             _refuse_existing(path, there, sources, force=force, hint=hint)
+            if (there.st_dev, there.st_ino) in spared:
+                raise PlanError(
+                    f"{path}: is part of another source of this run",
+                    hint="choose another directory for the targets, or convert one after the other",
+                )
             claims.enter_context(targets.claim_for_replacement(directory, file.name))
         yield
 

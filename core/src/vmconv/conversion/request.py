@@ -70,6 +70,8 @@ class Request(NamedTuple):
 
     `target_secret` is a file with the passphrase of the target, which is encrypted with it.
 
+    `spared` are device and inode of files that other conversions of the same run read, so that no target replaces them.
+
     `parents` are files that are the parents of layers whose parent is not where they say, from the top down.
 
     `rate` limits copying and writing, in bytes per second.
@@ -123,6 +125,7 @@ class Request(NamedTuple):
     secrets: FilePaths = ()
     target_secret: FilePath | None = None
     parents: FilePaths = ()
+    spared: frozenset[tuple[int, int]] = frozenset()
     storage: ObjectBackend | None = None
 
     @property

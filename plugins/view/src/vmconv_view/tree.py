@@ -88,8 +88,9 @@ class Tree:
         self._trees = (self._directory, *(os.path.realpath(tree) for tree in self._external))
         self._force_share = force_share
         self._backing_format = backing_format
-        self._secrets = tuple(secrets)
-        self._parents = tuple(parents)
+        # The process leaves its directory when it goes into the background.
+        self._secrets = tuple(name if name == "-" else os.path.abspath(name) for name in secrets)
+        self._parents = tuple(map(os.path.abspath, parents))
         kinds: tuple[FormatKind, ...] = ("disk", "memory")
         self._variants: Mapping[str, Mapping[str, Shown]] = {kind: shown(registry, kind, formats) for kind in kinds}
         self._entries: OrderedDict[tuple[Rights, str], Entry] = OrderedDict()
