@@ -254,11 +254,11 @@ def test_the_walks_name_what_the_code_has_each_value_once_on_a_screen() -> None:
         assert files == [], heading
 
 
-def test_the_set_up_line_of_the_readme_installs_every_distribution_but_the_fleet() -> None:
+def test_the_set_up_line_of_the_readme_installs_all_but_what_brings_servers_and_clients() -> None:
     distributions = [ROOT / "core", *(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
     line = next(b.text for b in blocks(section(README, "Set-up")) if "vmconv demo" in b.text)
     named = {path for word in line.split() if word.startswith("./") for path in ROOT.glob(word)}
-    assert set(distributions) - named == {ROOT / "plugins/fleet"}
+    assert set(distributions) - named == {ROOT / "plugins/fleet", ROOT / "plugins/swift"}
 
 
 def test_a_changelog_fragment_names_an_issue_and_a_kind() -> None:
