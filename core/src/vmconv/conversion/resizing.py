@@ -59,7 +59,7 @@ def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> R
             return _with_another_end(asked, image, size, opener, announce, began)
         if asked.preallocation != "off":
             raise PlanError(
-                f"{asked.path}: only a raw disk gets its space allocated when it grows, and no undo file",
+                f"{asked.path}: space is allocated only for a raw file of whole sectors, without --keep-undo",
                 hint="convert -o preallocation=falloc makes a new image with all of its space",
             )
         request = _request(asked, image, size)
