@@ -51,7 +51,7 @@ from support.requirements import missing
 from support.variants import Variant, identified, qemu_name, title, variants
 from vmconv.cli.main import main
 from vmconv.conversion.views import views
-from vmconv.errors import AccessError
+from vmconv.errors import AccessError, ReadError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.model.extents import Extents
@@ -587,6 +587,27 @@ def drip(connection: Client, data: bytes, seconds: float) -> None:
         for byte in data:
             connection.socket.sendall(bytes([byte]))
             time.sleep(seconds / len(data))
+
+
+def test_nothing_is_said_of_what_ends_with_the_server(
+    xfs_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun, over, before = threading.Event(), threading.Event(), {*threading.enumerate()}
+
+    def late(_view: View) -> None:
+        begun.set()
+        assert over.wait(PATIENCE)
+        raise ReadError("the file was closed")
+
+    monkeypatch.setattr(View, "refuse_changed", late)
+    with in_process(make_disk(xfs_dir / "disk.raw", MIB)) as (_, path), connected(path) as asking:
+        asking.negotiate()
+        asking.request(READ, 0, 512)
+        assert begun.wait(PATIENCE)
+    over.set()
+    for thread in {*threading.enumerate()} - before:
+        thread.join(PATIENCE)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("phase", ["greeting", "option", "option data", "header", "payload", "reply"])

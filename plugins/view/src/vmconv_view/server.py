@@ -86,6 +86,8 @@ class Server:
                 while not self._is_over():
                     self._wait(ready)
             finally:
+                # What threads still meet comes from files and sockets that are closed under them.
+                self._reports.end()
                 self._clients.disconnect_all()
         if self._failure:
             raise self._failure
@@ -194,11 +196,16 @@ class Reports:
     def __init__(self) -> None:
         self._said: set[str] = set()
         self._lock = threading.Lock()
+        self._ended = False
+
+    def end(self) -> None:
+        """Makes this the end: nothing is said any more."""
+        self._ended = True
 
     def say(self, text: str) -> None:
         text = text[:_LONGEST_REPORT]
         with self._lock:
-            if text in self._said or len(self._said) >= _MOST_REPORTS:
+            if self._ended or text in self._said or len(self._said) >= _MOST_REPORTS:
                 return
             self._said.add(text)
         with suppress(OSError, ValueError):
