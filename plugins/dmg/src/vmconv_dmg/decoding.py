@@ -6,7 +6,8 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -28,30 +29,23 @@ NAMES = {
 }
 
 
-def _zlib(data: bytes, size: int) -> bytes:
-    # One byte more shows that a chunk is too long; a hostile one decompresses without limit.
-    stream = zlib.decompressobj()
-    found = stream.decompress(data, size + 1)
-    return found if stream.eof else b""
+def _by(stream: Callable[[], Any]) -> Callable[[bytes, int], bytes]:
+    """Returns the decoder that such a stream is; it returns no bytes for data that do not end the stream."""
 
+    def decode(data: bytes, size: int) -> bytes:
+        one = stream()
+        # One byte more shows that a chunk is too long; a hostile one decompresses without limit.
+        found: bytes = one.decompress(data, size + 1)
+        return found if one.eof else b""
 
-def _bzip2(data: bytes, size: int) -> bytes:
-    stream = bz2.BZ2Decompressor()
-    found = stream.decompress(data, size + 1)
-    return found if stream.eof else b""
-
-
-def _xz(data: bytes, size: int) -> bytes:
-    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
-    found = stream.decompress(data, size + 1)
-    return found if stream.eof else b""
+    return decode
 
 
 _DECODERS: dict[int, Callable[[bytes, int], bytes]] = {
     structs.ADC: adc.decompress,
-    structs.ZLIB: _zlib,
-    structs.BZIP2: _bzip2,
-    structs.LZMA: _xz,
+    structs.ZLIB: _by(zlib.decompressobj),
+    structs.BZIP2: _by(bz2.BZ2Decompressor),
+    structs.LZMA: _by(partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)),
 }
 
 DECODED = frozenset(_DECODERS)
