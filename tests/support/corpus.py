@@ -9,9 +9,11 @@ import tarfile
 from functools import cache
 from pathlib import Path
 
+import vmconv
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 
+from .disks import QemuImg
 from .requirements import CORPUS, REQUIRED, missing
 
 
@@ -36,6 +38,16 @@ def unpack(corpus: Path, name: str, directory: Path) -> Path:
         if packed.is_file():
             (directory / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
     return directory / Path(name).name
+
+
+def compare_with_qemu(row: dict[str, str], corpus: Path, directory: Path, qemu_img: QemuImg) -> None:
+    """Asserts that vmconv reads an image as QEMU reads it, and finds nothing wrong with it."""
+    image = unpack(corpus, row["name"], directory)
+    vmconv.convert(image, directory / "new.raw")
+    qemu_img("compare", "-f", row["format"], "-F", "raw", image, directory / "new.raw")
+    report = vmconv.check(image)
+    assert report is not None
+    assert (report.corruption_count, report.leak_count) == (0, 0)
 
 
 def digest(path: Path, format_name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from support.corpus import rows, unpack
+from support.corpus import compare_with_qemu, rows
 from support.disks import MIB, QemuImg, make_disk
 from support.dmg_images import (
     ADC,
@@ -236,12 +236,7 @@ def test_lzfse_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_real_image_is_the_disk_that_qemu_reads(
     row: dict[str, str], corpus: Path, tmp_path: Path, qemu_img: QemuImg
 ) -> None:
-    image = unpack(corpus, row["name"], tmp_path)
-    vmconv.convert(image, tmp_path / "new.raw")
-    qemu_img("compare", "-f", "dmg", "-F", "raw", image, tmp_path / "new.raw")
-    report = vmconv.check(image)
-    assert report is not None
-    assert (report.corruption_count, report.leak_count) == (0, 0)
+    compare_with_qemu(row, corpus, tmp_path, qemu_img)
 
 
 def test_a_snapshot_is_refused(disk: Path) -> None:
