@@ -9,7 +9,7 @@ from vmconv.errors import ExistsError, ImageError, PlanError, UsageError
 from vmconv.inspect.comparison import compare_images
 from vmconv.inspect.images import opened
 from vmconv.interface.arguments import Reading
-from vmconv.io.opener import STANDARD_INPUT
+from vmconv.interface.scheme import STANDARD_INPUT
 from vmconv.io.registry import installed
 from vmconv.model.image import Image
 from vmconv.model.options import parse_options

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from vmconv.conversion.readback import bytes_to_read
 from vmconv.errors import UsageError, VerifyError
+from vmconv.interface.scheme import STANDARD_INPUT
 from vmconv.io.known import qemu_name
-from vmconv.io.opener import STANDARD_INPUT
 from vmconv.model.image import Image
 
 if TYPE_CHECKING:

@@ -29,6 +29,10 @@ _URL = re.compile(
 )
 
 
+STANDARD_INPUT = "-"
+"""The name of a source, or of a file with a passphrase, that is a pipe, or whatever the shell has opened."""
+
+
 def is_url(text: str) -> bool:
     """Returns whether a source that the user named is a URL; a file of such a name is `./NAME`."""
     return _BEGIN.match(text) is not None

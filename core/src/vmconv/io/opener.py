@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from vmconv.errors import AccessError, ImageError, PluginError, VmconvError, os_errors, warn
 from vmconv.interface.backend import Access
-from vmconv.interface.scheme import is_url, parse_url, without_secrets
+from vmconv.interface.scheme import STANDARD_INPUT, is_url, parse_url, without_secrets
 from vmconv.io import locks
 from vmconv.io.known import KNOWN
 from vmconv.io.parents import GivenParents
@@ -42,10 +42,7 @@ MAX_SEARCHED = 1000
 """Files that are opened to find a parent by identity."""
 
 MAX_SEARCH_SECONDS = 10.0
-"""Time for that: what a file costs to read is decided by whoever wrote it."""
-
-STANDARD_INPUT = "-"
-"""The name of a source that is a pipe, or whatever the shell has opened."""
+"""Seconds of that search. A stranger's file may take long to read."""
 
 _SHOWN = 3
 _OWNER_ONLY = 0o600

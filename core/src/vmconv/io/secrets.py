@@ -13,9 +13,8 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from vmconv.errors import AccessError, SecretError, UsageError, os_errors
+from vmconv.interface.scheme import STANDARD_INPUT
 from vmconv.model.sources import File
-
-STANDARD_INPUT = "-"
 
 MAX_LENGTH = 8 << 20
 """Bytes of a passphrase; cryptsetup has the same limit for key files."""

@@ -11,9 +11,9 @@ import stat
 from collections.abc import Iterator
 
 from vmconv.errors import AccessError, BackendError, ImageError, ReadError, os_errors
+from vmconv.interface.scheme import STANDARD_INPUT
 from vmconv.io.decompressing import LIMIT, write_sparsely
 from vmconv.io.directory import Directory
-from vmconv.io.opener import STANDARD_INPUT
 from vmconv.model.sources import File
 
 _PIECE = 1 << 20

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from vmconv.conversion.request import Request
 from vmconv.errors import AccessError
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, WriterOptions, ZeroCopy
-from vmconv.interface.scheme import is_url, without_secrets
-from vmconv.io.opener import STANDARD_INPUT
+from vmconv.interface.scheme import STANDARD_INPUT, is_url, without_secrets
 from vmconv.model.plan import CopyReason, Plan, Totals
 
 NEW = "the target is new"
