@@ -21,7 +21,7 @@ def as_decrypted(table: Extents, layouts: Mapping[int, Extents]) -> Extents:
 
 
 def _plain(layout: Extents, result: Source, cipher: str) -> Extents:
-    """Returns the table of a result's file as the reader decrypts it: what was not encrypted so stays unknown."""
+    """Returns the table of a result's file as the reader decrypts it: of other ciphers and keys, its own bytes."""
     plain = Extents.whole(result)
     for index, source in enumerate(layout.sources):
         if isinstance(source, Encrypted) and source.cipher == cipher:
