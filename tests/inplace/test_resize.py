@@ -334,8 +334,8 @@ def test_without_space_a_raw_disk_stays_as_it_is(any_dir: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("disk.qcow2", ["+1M"], "only a raw disk"),
-        ("disk.raw", ["--keep-undo", "+1M"], "only a raw disk"),
+        ("disk.qcow2", ["+1M"], "only for a raw file"),
+        ("disk.raw", ["--keep-undo", "+1M"], "only for a raw file"),
         ("disk.raw", ["--shrink", "2M"], "becomes smaller"),
     ],
 )

@@ -7,9 +7,10 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from support.daemons import free_port, wait_until
 from support.requirements import missing, oracle_program
@@ -17,6 +18,14 @@ from support.requirements import missing, oracle_program
 Engine = Literal["sqlite", "redis"]
 ENGINES: tuple[Engine, ...] = ("sqlite", "redis")
 """What keeps the metadata: a file, for the mounts of one machine, or a server, for those of many."""
+
+
+class Range(NamedTuple):
+    """`length` bytes of a file: a range of a slice. The file's chunks have 64 MiB each."""
+
+    chunk: int
+    slice: int
+    length: int
 
 
 class Volume:
@@ -85,21 +94,21 @@ class Volume:
             os.killpg(self._running[name].pid, signal.SIGKILL)
         self._running.pop(name).wait()
 
-    def stored(self) -> int:
-        """Returns the bytes of all objects."""
-        return sum(path.stat().st_size for path in self.objects.rglob("*") if path.is_file())
+    def added(self, before: Collection[str]) -> int:
+        """Returns the bytes of all objects with other names than `before`; old ones may be removed at any time."""
+        return sum(os.path.getsize(name) for name in self.names() if name not in before)
 
     def names(self) -> set[str]:
         """Returns the names of all objects; each is written once."""
         return {str(path) for path in self.objects.rglob("*") if path.is_file()}
 
-    def ranges(self, path: Path) -> list[tuple[int, int]]:
-        """Returns the ranges of objects that a file consists of: the chunk in which each lies, and its length."""
+    def ranges(self, path: Path) -> list[Range]:
+        """Returns the ranges of slices that a file consists of."""
         done = subprocess.run([self._program, "info", "--raw", path], check=True, capture_output=True, text=True)
         # Tables of locks may follow. Slice 0 is a hole.
         table = done.stdout.partition(" chunks:\n")[2].partition("\n ")[0]
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-        return [(int(row[0]), int(row[4])) for row in rows if row[0].isdecimal() and int(row[1])]
+        return [Range(int(row[0]), int(row[1]), int(row[4])) for row in rows if row[0].isdecimal() and int(row[1])]
 
     def settle(self, path: Path) -> None:
         """Joins the ranges of each chunk of a file, and waits for those that a mount is joining already."""
