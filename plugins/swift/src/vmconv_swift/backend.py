@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -86,14 +87,15 @@ class SwiftBackend(ObjectBackend):
             raise PlanError(f"{self.container}: a container of this name is vmconv's own", hint="name another one")
         self.own = own_container(self.container)
         self.exists = False
-
-    def staged(self, image: Image) -> Image:
         questions: list[Callable[[], object]] = [self._refuse_missing, self._look_at_own]
         if not self.force:
             questions += [partial(self._refuse_existing, target) for target in self.targets.values()]
-        # The store takes its time for each, so all are asked at once; the last is needed later.
-        for _ in in_order(_ask, [*questions, lambda: self.client.most_segments]):
-            pass
+        # The store takes its time for each, in which the source is opened; the last is needed later.
+        self._answers = [_asked(question) for question in (*questions, lambda: self.client.most_segments)]
+
+    def staged(self, image: Image) -> Image:
+        for answer in self._answers:
+            answer()
         table, _ = staged(image.flat, self.client, self.own, self._may_refer)
         mine = {target.where for target in self.targets.values()}
         for source in table.sources:
@@ -132,8 +134,19 @@ class SwiftBackend(ObjectBackend):
         return Publication(self)
 
 
-def _ask(question: Callable[[], object]) -> object:
-    return question()
+def _asked(question: Callable[[], object]) -> Callable[[], object]:
+    """Asks in a thread; returns a function that waits for the answer, and raises the error if there was one."""
+    answer: Future[object] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except BaseException as exc:
+            answer.set_exception(exc)
+
+    # Who stops before the answer is needed does not wait for the store.
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result
 
 
 class Publication(Transaction):
