@@ -1,6 +1,6 @@
 """OpenStack Swift on loopback: a proxy, an account, a container and an object server, on XFS of their own.
 
-No memcached is needed: tempauth signs its tokens itself (Fernet keys), and nothing else asks for a cache.
+The proxy has a memcached, as in each cluster: it keeps what accounts and containers allow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from support.daemons import free_port, wait_until
 from support.mounts import mounted
-from support.requirements import missing
+from support.requirements import missing, oracle_program
 
 MODULES = {
     "object": "swift.obj.server",
@@ -64,9 +64,12 @@ for argument in sys.argv[2:]:
 """
 
 _PIPELINE = (
-    "catch_errors gatekeeper healthcheck proxy-logging listing_formats bulk tempurl s3api tempauth copy slo dlo "
+    "catch_errors gatekeeper healthcheck proxy-logging cache listing_formats bulk tempurl s3api tempauth copy slo dlo "
     "versioned_writes symlink proxy-logging proxy-server"
 )
+
+_ENTRY_POINTS = {"cache": "memcache", "proxy-logging": "proxy_logging"}
+"""The names of middleware in Swift's package, where they differ from those of pipelines."""
 
 
 class Answer(NamedTuple):
@@ -113,8 +116,13 @@ class Swift:
         self.storage_url = f"{self.url}/v1/AUTH_{USER.partition(':')[0]}"
         self.clouds = directory / "clouds.yaml"
         """A file of openstacksdk (`OS_CLIENT_CONFIG_FILE`) that has the cloud `CLOUD`."""
-        self._configure()
+        cache = free_port()
+        self._configure(cache)
         try:
+            self._running["cache"] = subprocess.Popen(
+                [oracle_program("memcached"), "-l", f"127.0.0.1:{cache}", "-u", "root"], stdin=subprocess.DEVNULL
+            )
+            wait_until(cache, self._running["cache"])
             for name in MODULES:
                 self.start(name)
             self.request("POST", "", headers={"X-Account-Meta-Temp-URL-Key": TEMP_URL_KEY})
@@ -218,7 +226,7 @@ class Swift:
         finally:
             connection.close()
 
-    def _configure(self) -> None:
+    def _configure(self, cache: int) -> None:
         rings = [f"{name}:{self._ports[name]}:{DEVICE}" for name in ("account", "container", "object")]
         subprocess.run([sys.executable, "-W", "ignore", "-c", _RINGS, self.directory, *rings], check=True)
         self._write(
@@ -237,8 +245,8 @@ class Swift:
                 f"[pipeline:main]\npipeline = {name}-server\n[app:{name}-server]\nuse = egg:swift#{name}\n",
             )
         filters = "".join(
-            f"[filter:{name}]\nuse = egg:swift#{name.replace('proxy-logging', 'proxy_logging')}\n{more}"
-            for name, more in self._filters().items()
+            f"[filter:{name}]\nuse = egg:swift#{_ENTRY_POINTS.get(name, name)}\n{more}"
+            for name, more in self._filters(cache).items()
         )
         self._write(
             "proxy.conf",
@@ -263,7 +271,7 @@ class Swift:
         )
 
     @staticmethod
-    def _filters() -> dict[str, str]:
+    def _filters(cache: int) -> dict[str, str]:
         """Returns the settings of the middleware; limits and rates are those that Swift comes with."""
         key = base64.urlsafe_b64encode(bytes(range(32))).decode()
         users = "".join(
@@ -271,6 +279,7 @@ class Swift:
             for user, password in ((USER, KEY), (OTHER_USER, OTHER_KEY))
         )
         own = {
+            "cache": f"memcache_servers = 127.0.0.1:{cache}\n",
             "proxy-logging": (
                 "log_msg_template = LOGGED {method} {path} {status_int} {bytes_recvd} {bytes_sent} {source}\n"
             ),
