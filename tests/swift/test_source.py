@@ -14,7 +14,9 @@ from vmconv.cli.main import main
 from vmconv.errors import AccessError, ReadError, UsageError
 from vmconv.interface.scheme import parse_url
 from vmconv.testing.disks import random_bytes
+from vmconv_swift.client import Client
 from vmconv_swift.cloud import Cloud
+from vmconv_swift.names import ObjectName
 from vmconv_swift.remote import opened
 
 
@@ -73,6 +75,26 @@ def test_the_environment_is_a_cloud(container: Container, monkeypatch: pytest.Mo
     container.put("disk.raw", bytes(MIB))
     monkeypatch.setenv("OS_CLOUD", CLOUD)
     assert vmconv.info(f"swift://-/{container.name}/disk.raw")["virtual-size"] == MIB
+
+
+def test_a_token_of_the_environment_is_used_as_it_is(container: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`swift auth` prints both variables. Nobody signs in, and clouds.yaml is not read."""
+    container.put("disk.raw", bytes(4 * MIB))
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("OS_STORAGE_URL", f"{container.swift.storage_url}/")
+    monkeypatch.setenv("OS_AUTH_TOKEN", container.swift.token())
+    cloud = Cloud("-")
+    found = Client(cloud).head(ObjectName(container.name, "disk.raw"))
+    assert found and found.size == 4 * MIB
+    monkeypatch.setenv("OS_AUTH_TOKEN", "expired")
+    with pytest.raises(AccessError, match="401"):
+        Client(Cloud("-")).head(ObjectName(container.name, "disk.raw"))
+    monkeypatch.setenv("OS_STORAGE_URL", "file:///etc")
+    with pytest.raises(AccessError, match="is not the address of an object store"):
+        Cloud("-")
+    # They are for the environment's cloud only.
+    with pytest.raises(AccessError, match="Cloud other was not found"):
+        Cloud("other")
 
 
 def test_a_token_that_expired_is_renewed_once(container: Container, monkeypatch: pytest.MonkeyPatch) -> None:
