@@ -82,6 +82,8 @@ class Client:
         self.cloud = cloud
         self.sent = Sent()
         self._lock = threading.Lock()
+        self._last: tuple[Answer, float] | None = None
+        """The last answer, and when it arrived."""
 
     def shown(self, where: ObjectName) -> str:
         return f"swift://{self.cloud.name}{where.path}"
@@ -206,8 +208,12 @@ class Client:
         return Found(etag, int(size), large, _seconds(answer, "X-Timestamp"), _date(answer))
 
     def now(self) -> float:
-        """Returns the store's time, seconds since 1970."""
-        return _date(self._ask("HEAD", "", f"swift://{self.cloud.name}", good=(200, 204)))
+        """Returns the store's time, seconds since 1970, by the last answer."""
+        if self._last is None:
+            self._ask("HEAD", "", f"swift://{self.cloud.name}", good=(200, 204))
+        assert self._last
+        answer, arrived = self._last
+        return _date(answer) + time.monotonic() - arrived
 
     def _ask(
         self,
@@ -263,6 +269,7 @@ class Client:
                 why = _short(exc)
                 continue
             if answer.status in good:
+                self._last = answer, time.monotonic()
                 if answer.cut:
                     raise AccessError(f"{said}: has more than {limit} bytes")
                 return answer
