@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from support.requirements import missing
 
 PATIENCE = 600.0
 
@@ -31,8 +35,26 @@ class Mounted:
         return self.process.returncode
 
 
+def need_fuse() -> None:
+    """Skips a test where FUSE cannot be used."""
+    if not (os.path.exists("/dev/fuse") and shutil.which("fusermount3")):
+        missing("fuse", "FUSE cannot be used: /dev/fuse or fusermount3 is not there")
+
+
 @contextlib.contextmanager
-def mounted(directory: Path, point: Path, *flags: str) -> Iterator[Mounted]:
+def mount_point() -> Iterator[Path]:
+    """Yields an empty directory to mount on, which other users can reach."""
+    directory = Path(tempfile.mkdtemp(prefix="vmconv-mount-"))
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False)
+        directory.rmdir()
+
+
+@contextlib.contextmanager
+def mounted(directory: Path | str, point: Path, *flags: str) -> Iterator[Mounted]:
     command = [sys.executable, "-m", "vmconv", "mount", *flags, str(directory), str(point)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         running = Mounted(process)

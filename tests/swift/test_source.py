@@ -9,6 +9,7 @@ import pytest
 
 import vmconv
 from support.containers import MIB, Container, publish
+from support.mounting import mount_point, mounted, need_fuse
 from support.swift import CLOUD
 from vmconv.cli.main import main
 from vmconv.errors import AccessError, ReadError, UsageError
@@ -30,6 +31,15 @@ def test_a_plain_object_is_converted(container: Container, disk: Path, tmp_path:
     container.put("folder/disk.raw", disk.read_bytes())
     vmconv.convert(container.url("folder/disk.raw"), str(tmp_path / "disk.qcow2"))
     assert vmconv.compare(str(disk), str(tmp_path / "disk.qcow2"))
+
+
+def test_an_object_is_mounted_as_files_of_every_format(shared: Container, disk: Path) -> None:
+    need_fuse()
+    with mount_point() as point, mounted(shared.url("disk.qcow2"), point):
+        shown = point / "disk.qcow2"
+        assert vmconv.compare(str(disk), str(shown / "vhdx/disk.vhdx"))
+        assert vmconv.compare(str(disk), str(shown / "vmdk-monolithicFlat/disk.vmdk"))
+        assert (shown / "raw/disk.raw").read_bytes() == disk.read_bytes()
 
 
 def test_holes_of_what_was_published_are_known(shared: Container, disk: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import errno
 import lzma
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +21,7 @@ import pytest
 import vmconv
 from support.disks import MIB, QemuImg, make_disk, qemu_io
 from support.holders import qemu_io as held_by_qemu
-from support.mounting import ERRORS, PATIENCE, mounted
-from support.requirements import missing
+from support.mounting import ERRORS, PATIENCE, mounted, need_fuse
 from support.variants import Variant, has_identity, options, qemu_name, variants
 from vmconv.cli.main import main
 from vmconv.io.registry import installed
@@ -39,8 +37,7 @@ _IDS = re.compile(
 
 @pytest.fixture(autouse=True, scope="module")
 def fuse() -> None:
-    if not (os.path.exists("/dev/fuse") and shutil.which("fusermount3")):
-        missing("fuse", "FUSE cannot be used: /dev/fuse or fusermount3 is not there")
+    need_fuse()
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -423,3 +420,15 @@ def test_formats_that_need_all_payload_for_their_size_are_not_offered(tmp_path: 
     tree.close()
     assert "vmdk-monolithicFlat" in names
     assert "vmdk-streamOptimized" not in names
+
+
+def test_the_format_that_is_named_is_that_of_one_image(
+    tmp_path: Path, point: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    vmconv.convert(str(make_disk(tmp_path / "disk.raw", SIZE)), str(images / "disk.img"), target_format="qcow2")
+    with mounted(images / "disk.img", point, "-f", "raw", "--formats", "raw"):
+        assert digests(point / "disk.img/raw") == {"disk.raw": sha256((images / "disk.img").read_bytes()).hexdigest()}
+    assert main(["mount", "-f", "raw", str(images), str(point)]) == 2
+    assert "-f is for one image" in capsys.readouterr().err

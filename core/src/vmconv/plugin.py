@@ -88,7 +88,7 @@ if TYPE_CHECKING:
         Member,
         Substitution,
     )
-    from vmconv.interface.scheme import Remote, Scheme, Url, parse_url
+    from vmconv.interface.scheme import Remote, Scheme, Url, is_url, parse_url
     from vmconv.io.decompressing import Decompressed, compression_of, decoded_head
     from vmconv.io.directory import Directory
     from vmconv.io.discovery import version
@@ -154,6 +154,7 @@ _HOMES = {
     "make_objects": "conversion.objects",
     "planned_objects": "conversion.objects",
     "ObjectBackend": "interface.backend",
+    "is_url": "interface.scheme",
     "parse_url": "interface.scheme",
     "RemoteFile": "io.remote",
     "HttpObject": "io.schemes.http",
@@ -446,6 +447,7 @@ __all__ = [
     "in_words",
     "installed",
     "is_foreign",
+    "is_url",
     "joined_over_holes",
     "make_objects",
     "named_by",

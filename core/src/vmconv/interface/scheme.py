@@ -72,7 +72,9 @@ class Url(NamedTuple):
     @property
     def name(self) -> str:
         """The last part of the decoded path, or the host: what a file there would be called."""
-        return self.decoded_path.rstrip("/").rpartition("/")[2] or self.host
+        found = self.decoded_path.rstrip("/").rpartition("/")[2]
+        # Those are no names of files.
+        return found if found not in ("", ".", "..") and "\0" not in found else self.host or "disk"
 
     @property
     def decoded_path(self) -> str:
@@ -121,11 +123,13 @@ class Remote(ABC):
     """An object at a URL: `size` bytes that are read by ranges. Thread-safe.
 
     All bytes are of one version: a read raises `AccessError` if the object has changed since it was opened, as far as
-    the server tells. `head` are bytes from its start that opening has read already.
+    the server tells. `version` is what the server says of that version, such as an ETag; empty if it says nothing.
+    `head` are bytes from its start that opening has read already.
     """
 
     size: int
     head: bytes = b""
+    version: str = ""
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview) -> None:

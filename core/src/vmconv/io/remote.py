@@ -7,11 +7,13 @@ there are threads that copy.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from vmconv.errors import ImageError
+from vmconv.errors import ImageError, VmconvError
 from vmconv.model.sources import File, Stamp
 
 if TYPE_CHECKING:
@@ -44,8 +46,10 @@ class RemoteFile(File):
         self.is_device = False
         self.settled = True
         # Files are compared by device and inode, for loops in chains.
-        self.stamp = Stamp(0, hash(self.path), remote.size, 0, 0)
+        self.stamp = Stamp(0, _number(self.path), remote.size, _number(remote.version), 0)
         self.remote = remote
+        self.failed = False
+        """True once a read has failed: the object may be another by now, or the connection may be broken."""
         self._blocks = _Blocks(remote)
 
     def real_path(self) -> str:
@@ -60,11 +64,15 @@ class RemoteFile(File):
         length = len(buffer)
         if offset < 0 or offset + length > self.size:
             raise ImageError(f"{self.name}: ends at {self.size:#x} where {length} bytes from {offset:#x} were expected")
-        if length < _LONG:
-            self._blocks.read_into(offset, buffer)
-            return
-        for at in range(0, length, _STEP):
-            self.remote.read_into(offset + at, buffer[at : at + _STEP])
+        try:
+            if length < _LONG:
+                self._blocks.read_into(offset, buffer)
+                return
+            for at in range(0, length, _STEP):
+                self.remote.read_into(offset + at, buffer[at : at + _STEP])
+        except VmconvError:
+            self.failed = True
+            raise
 
     def sync(self) -> None:
         pass
@@ -81,6 +89,11 @@ class RemoteFile(File):
 
     def close(self) -> None:
         self.remote.close()
+
+
+def _number(text: str) -> int:
+    """Returns a number of 63 bits that is the same for the same text in each process."""
+    return int.from_bytes(blake2b(os.fsencode(text), digest_size=8).digest()) >> 1
 
 
 class _Blocks:

@@ -41,6 +41,7 @@ class SwiftObject(Remote):
             raise AccessError(f"{self.shown}: is empty")
         self.found = found
         self.etag, self.size, self.large = found.etag, found.size, found.large
+        self.version = found.etag
         cloud = client.cloud
 
         def sign(_: Place, headers: Mapping[str, str]) -> Mapping[str, str]:

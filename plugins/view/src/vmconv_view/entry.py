@@ -7,21 +7,23 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from vmconv.api import View, inside, locks, new_name, stamp_of, views, volumes
+from vmconv.api import View, locks, new_name, stamp_of, views, volumes
 from vmconv.plugin import (
-    AccessError,
     Blob,
     Extents,
+    File,
     Format,
     FormatKind,
     Image,
     Opener,
     ReadError,
+    RemoteFile,
     VmconvError,
     printable,
 )
+from vmconv_view.images import Images
 from vmconv_view.rights import Rights
 from vmconv_view.variants import Partitions, Shown
 
@@ -48,6 +50,7 @@ class Entry:
         self._opener = opener
         self._force_share = force_share
         self._image: Image | None = None
+        self.error: Exception | None = None
         self._failure: Files | None = None
         self._until = 0.0
         self._plans: OrderedDict[str, Files] = OrderedDict()
@@ -57,14 +60,15 @@ class Entry:
         self._lock = threading.Lock()
         self._one_plan = threading.Lock()
 
-    def read(self, path: str, trees: Sequence[str]) -> None:
-        """Reads the image's header; its real path must be in one of `trees`. Turns errors into a file."""
+    def read(self, images: Images, format_name: str | None = None) -> None:
+        """Reads the image's header. Turns errors into a file, and keeps them as `error`."""
         try:
-            image = self._opener.image(path)
-            _refuse_outside(image, trees)
+            image = self._opener.image(images.path(self.name), format_name)
+            images.refuse_outside(image)
             self._opened()
             self._image = image
         except Exception as exc:
+            self.error = exc
             self._failure = self._explain("", exc)
             self._until = time.monotonic() + _RETRY_AFTER
         # The opener has locked the files. Locks are held only while a view is open.
@@ -73,8 +77,11 @@ class Entry:
     def _opened(self) -> None:
         """Raises `AccessError` if a file may not be shown, and reduces the mode to the bits common to all files."""
         self.rights.refuse_files(self._opener.files)
-        for file in self._opener.files:
+        for file in self._local_files():
             self.mode &= os.fstat(file.descriptor).st_mode
+
+    def _local_files(self) -> list[File]:
+        return [file for file in self._opener.files if not file.is_remote]
 
     def _explain(self, what: str, exc: Exception) -> Files:
         if self.rights.explains:
@@ -86,7 +93,10 @@ class Entry:
         if self._failure and time.monotonic() > self._until:
             return False
         try:
-            return stamp_of(status) == stamp_of(self.status) and self.rights.are_current(list(self._opener.files))
+            files = list(self._opener.files)
+            if any(isinstance(file, RemoteFile) and file.failed for file in files):
+                return False
+            return stamp_of(status) == stamp_of(self.status) and self.rights.are_current(files)
         except (OSError, ReadError):
             # Another thread has retired this and closed its files, or a file was removed.
             return False
@@ -170,7 +180,7 @@ class Entry:
 
     def _take_locks(self) -> None:
         try:
-            for file in () if self._force_share else self._opener.files:
+            for file in () if self._force_share else self._local_files():
                 locks.share(file)
         except VmconvError:
             self._unlock()
@@ -195,7 +205,7 @@ class Entry:
 
     def _unlock(self) -> None:
         if not self._force_share:
-            for file in self._opener.files:
+            for file in self._local_files():
                 locks.release(file)
 
     @property
@@ -225,12 +235,3 @@ def _failure(what: str, exc: Exception) -> Files:
         return text_file(printable(f"{what}defect of vmconv or of a plugin: {type(exc).__name__}: {exc}") + "\n")
     hint = f"  hint: {exc.hint}\n" if exc.hint else ""
     return text_file(f"{what}{exc}\n{hint}")
-
-
-def _refuse_outside(image: Image, trees: Sequence[str]) -> None:
-    real = image.file.real_path()
-    if not any(inside(real, tree) for tree in trees):
-        raise AccessError(
-            f"{image.file.name}: lies outside the directory, at {real}",
-            hint=f"if you trust the link, --allow-external {os.path.dirname(real)}",
-        )

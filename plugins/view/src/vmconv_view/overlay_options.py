@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from vmconv.plugin import UsageError
+from vmconv.plugin import UsageError, is_url, parse_url
 
 SUFFIX = ".overlay.qcow2"
 """What the default name of a layer has behind that of its image."""
@@ -25,7 +26,7 @@ def add_writable(parser: argparse.ArgumentParser) -> None:
     end.add_argument("--discard", action="store_true", help="remove the layer with all that was written at the end")
 
 
-def refuse_contradictions(options: argparse.Namespace, files: int) -> None:
+def refuse_contradictions(options: argparse.Namespace, files: Sequence[str]) -> None:
     """Raises `UsageError` for options of a writable view that make no sense."""
     if not options.writable:
         for name in ("overlay", "commit", "discard"):
@@ -34,5 +35,8 @@ def refuse_contradictions(options: argparse.Namespace, files: int) -> None:
     elif options.parents:
         hint = "vmconv rebase -u stores the name of a parent that was moved"
         raise UsageError("--parent: a layer to write to needs the layers below where they say", hint=hint)
-    elif options.overlay and files > 1:
+    elif url := next(filter(is_url, files), None):
+        hint = "vmconv convert makes a local image of it"
+        raise UsageError(f"{parse_url(url).shown}: a layer to write to is for a local image", hint=hint)
+    elif options.overlay and len(files) > 1:
         raise UsageError("--overlay names one layer, for one FILE")

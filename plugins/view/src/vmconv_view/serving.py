@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.plugin import Opener
     from vmconv_view.background import ended_by_signals
 
-    refuse_contradictions(options, len(options.files))
+    refuse_contradictions(options, options.files)
     if options.writable:
         return _run_writable(options)
     with (

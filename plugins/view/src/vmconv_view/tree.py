@@ -1,4 +1,4 @@
-"""The tree of a mount: a directory per image of DIR, in it one per variant, in that the files.
+"""The tree of a mount: a directory per image, in it one per variant, in that the files.
 
     DISK.vmdk/              named as the image
         qcow2/DISK.qcow2
@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
+from itertools import filterfalse
 from typing import NamedTuple
 
 from vmconv.api import Registry, View, settle
-from vmconv.plugin import BackendError, FormatKind, Opener
+from vmconv.plugin import BackendError, FormatKind, Opener, is_url
 from vmconv_view.entry import ERRORS, Entry, Files
+from vmconv_view.images import DirectoryImages, Images, UrlImage
 from vmconv_view.jobs import Jobs
 from vmconv_view.rights import OWN, Rights
 from vmconv_view.variants import Partitions, Shown, shown
@@ -62,16 +63,17 @@ class Held(NamedTuple):
 
 
 class Tree:
-    """The directories and files of a mount of `directory`; paths are relative, "" is the root.
+    """The directories and files of a mount of a directory, or of a URL; paths are relative, "" is the root.
 
-    `only` is the name of the one image that is shown; by default all are. `formats` are the names of the formats or
-    variants that are shown; by default all are. `secrets` and `parents` are for the user who mounts.
+    `only` is the name of the one image of a directory that is shown; by default all are. `format_name` is the format of
+    one image, if the user has named it. `formats` are the names of the formats or variants that are shown; by default
+    all are. `secrets` and `parents` are for the user who mounts.
     """
 
     def __init__(
         self,
         registry: Registry,
-        directory: str,
+        source: str,
         *,
         allow_external: Iterable[str] = (),
         force_share: bool = False,
@@ -79,13 +81,18 @@ class Tree:
         secrets: Iterable[str] = (),
         parents: Iterable[str] = (),
         only: str | None = None,
+        format_name: str | None = None,
         formats: Collection[str] = (),
     ) -> None:
         self._registry = registry
-        self._only = only
-        self._directory = os.path.realpath(directory)
         self._external = tuple(allow_external)
-        self._trees = (self._directory, *(os.path.realpath(tree) for tree in self._external))
+        self._images: Images = (
+            UrlImage(source)
+            if is_url(source)
+            else DirectoryImages(registry, source, filterfalse(is_url, self._external), only)
+        )
+        self._format_name = format_name
+        self._format_option = "-f" if only is not None or is_url(source) else ""
         self._force_share = force_share
         self._backing_format = backing_format
         # The process leaves its directory when it goes into the background.
@@ -97,15 +104,20 @@ class Tree:
         self._jobs = Jobs()
         self._lock = threading.Lock()
 
+    def read_now(self) -> None:
+        """Reads each image. Raises the error of the first that cannot be read."""
+        for name in self._images.names(OWN):
+            if error := self._read(name, self._images.status(name, OWN), OWN).error:
+                raise error
+
     def node(self, path: str, rights: Rights = OWN) -> Node:
         """Returns the node at a path. Raises `FileNotFoundError` or `PermissionError`."""
         image, _, rest = path.partition("/")
         if not image:
-            with rights.acting():
-                status = os.stat(self._directory)
-            return Node(status, status.st_mode, lambda: self._images(rights))
+            status = self._images.root(rights)
+            return Node(status, status.st_mode, lambda: self._images.names(rights))
         if not rest:
-            status = self._status(image, rights)
+            status = self._images.status(image, rights)
             return Node(status, status.st_mode, lambda: self._inside(image, rights))
         place, _, name = rest.partition("/")
         if not name:
@@ -127,33 +139,6 @@ class Tree:
             if entry.hold():
                 return Held(node, node.view, entry)
         raise IsADirectoryError(errno.EISDIR, path)
-
-    def _images(self, rights: Rights) -> list[str]:
-        """Returns the names of regular files, or links to such, with the suffix of a readable format.
-
-        Leaves out links that cannot be followed (loops, missing rights).
-        """
-        rights.refuse_directory(self._directory)
-        with rights.acting(), os.scandir(self._directory) as found:
-            everything = list(found)
-        images = [one for one in everything if self._is_shown(one.name)]
-        with rights.acting():
-            return sorted(one.name for one in images if _is_file(one))
-
-    def _is_shown(self, name: str) -> bool:
-        return self._has_image_suffix(name) if self._only is None else name == self._only
-
-    def _has_image_suffix(self, name: str) -> bool:
-        one = self._registry.all_formats.get(self._registry.format_by_suffix(name) or "")
-        return one is not None and one.can_read
-
-    def _status(self, name: str, rights: Rights) -> os.stat_result:
-        rights.refuse_directory(self._directory)
-        with rights.acting():
-            status = os.stat(os.path.join(self._directory, name))
-        if not (self._is_shown(name) and stat.S_ISREG(status.st_mode)):
-            raise FileNotFoundError(errno.ENOENT, name)
-        return status
 
     def _inside(self, name: str, rights: Rights) -> Iterable[str]:
         """Returns the names in the directory of an image."""
@@ -180,7 +165,7 @@ class Tree:
 
     def _entry(self, name: str, rights: Rights) -> Entry:
         """Returns the current image, read with these rights."""
-        status = self._status(name, rights)
+        status = self._images.status(name, rights)
         with self._lock:
             entry = self._entries.get((rights, name))
             if entry:
@@ -196,16 +181,17 @@ class Tree:
             allow_external=self._external,
             force_share=self._force_share,
             backing_format=self._backing_format,
-            format_option="",
+            format_option=self._format_option,
             # What the mounting user may decrypt is not for others.
             secrets=self._secrets if rights is OWN else (),
             parents=self._parents if rights is OWN else (),
             acting=None if rights is OWN else rights.acting,
             # Another user's access must not trigger recovery of an interrupted conversion.
             settle=settle if rights is OWN else None,
+            remote=rights is OWN,
         )
         made = Entry(name, status, opener, rights, force_share=self._force_share)
-        made.read(os.path.join(self._directory, name), self._trees)
+        made.read(self._images, self._format_name)
         with self._lock:
             before = self._entries.pop((rights, name), None)
             self._entries[rights, name] = made
@@ -238,13 +224,6 @@ class Tree:
             self._entries.clear()
         for entry in entries:
             entry.retire()
-
-
-def _is_file(one: os.DirEntry[str]) -> bool:
-    try:
-        return one.is_file()
-    except OSError:
-        return False
 
 
 def _node_in(entry: Entry, files: Files, name: str) -> Node:

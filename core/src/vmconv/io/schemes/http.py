@@ -135,6 +135,7 @@ class HttpObject(Remote):
             head = bytearray(BLOCK)
             done = self._read(0, memoryview(head))
             self.head = bytes(head[:done])
+            self.version = self._stated_version()
         except BaseException:
             self._pool.close()
             raise
@@ -143,6 +144,9 @@ class HttpObject(Remote):
     def etag(self) -> str:
         """The entity tag of the version that was opened, without its quotes; empty if the server states none."""
         return self._version.etag.strip('"') if self._version else ""
+
+    def _stated_version(self) -> str:
+        return f"{self._version.etag} {self._version.modified}" if self._version else ""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._read(offset, buffer)

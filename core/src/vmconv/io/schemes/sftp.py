@@ -63,7 +63,8 @@ class SftpFile(Pipelined):
         try:
             self._greet()
             self._handle = self._opened(url)
-            self._state = self.size, _ = self._stated()
+            self._state = self.size, modified = self._stated()
+            self.version = str(modified)
         except OSError as exc:
             self._end()
             why = self._why(exc)
