@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ atexit.register(RUN.end)
 # Nothing of the user's own state is read or made.
 os.environ["XDG_STATE_HOME"] = str(RUN.state)
 
+
+# Programs that tests start inherit what is ignored (by nohup, or in a script's background), and not what is handled.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # No test depends on how busy the machine is.
 _PROFILE = settings.get_profile("ci" if os.environ.get("CI") else "default")
