@@ -93,12 +93,16 @@ def test_a_token_of_the_environment_is_used_as_it_is(container: Container, monke
     monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("OS_STORAGE_URL", f"{container.swift.storage_url}/")
     monkeypatch.setenv("OS_AUTH_TOKEN", container.swift.token())
+    where = ObjectName(container.name, "disk.raw")
     cloud = Cloud("-")
-    found = Client(cloud).head(ObjectName(container.name, "disk.raw"))
+    found = Client(cloud).head(where)
     assert found and found.size == 4 * MIB
+    cloud.session.session.close()
     monkeypatch.setenv("OS_AUTH_TOKEN", "expired")
+    cloud = Cloud("-")
     with pytest.raises(AccessError, match="401"):
-        Client(Cloud("-")).head(ObjectName(container.name, "disk.raw"))
+        Client(cloud).head(where)
+    cloud.session.session.close()
     monkeypatch.setenv("OS_STORAGE_URL", "file:///etc")
     with pytest.raises(AccessError, match="is not the address of an object store"):
         Cloud("-")
@@ -168,7 +172,7 @@ def test_a_segment_that_has_gone_or_changed_is_named(container: Container) -> No
     object_.close()
     container.swift.request("DELETE", f"/{container.name}/one")
     with pytest.raises(ReadError, match=f"its segment /{container.name}/one is missing"):
-        opened(parse_url(container.url("disk.raw")))
+        vmconv.info(container.url("disk.raw"))
 
 
 def test_check_looks_at_segments(container: Container, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

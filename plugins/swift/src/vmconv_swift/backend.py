@@ -11,7 +11,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -32,6 +31,7 @@ from vmconv.plugin import (
     VmconvError,
     in_order,
 )
+from vmconv_swift.client import asked
 from vmconv_swift.manifest import MAX_DEPTH, Segment, body_of, etag_of
 from vmconv_swift.names import OWN_SUFFIX, ObjectName, own_container
 from vmconv_swift.payload import PREFIX, LeafFile, Piece, StoreFile, staged
@@ -42,6 +42,8 @@ from vmconv_swift.segments import SMALL_GAP, Packer, Rows, placed
 from vmconv_swift.zeros import ZEROS, etag_of_zeros
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from vmconv.plugin import FilePlan, Image, Plan, ShareSteps, Source, Url
     from vmconv_swift.client import Client
     from vmconv_swift.manifest import Leaf
@@ -91,11 +93,11 @@ class SwiftBackend(ObjectBackend):
         if not self.force:
             questions += [partial(self._refuse_existing, target) for target in self.targets.values()]
         # The store takes its time for each, in which the source is opened; the last is needed later.
-        self._answers = [_asked(question) for question in (*questions, lambda: self.client.most_segments)]
+        self._answers = [asked(question) for question in (*questions, lambda: self.client.most_segments)]
 
     def staged(self, image: Image) -> Image:
         for answer in self._answers:
-            answer()
+            answer.result()
         table, _ = staged(image.flat, self.client, self.own, self._may_refer)
         mine = {target.where for target in self.targets.values()}
         for source in table.sources:
@@ -134,19 +136,9 @@ class SwiftBackend(ObjectBackend):
         return Publication(self)
 
 
-def _asked(question: Callable[[], object]) -> Callable[[], object]:
-    """Asks in a thread; returns a function that waits for the answer, and raises the error if there was one."""
-    answer: Future[object] = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(question())
-        except BaseException as exc:
-            answer.set_exception(exc)
-
-    # Who stops before the answer is needed does not wait for the store.
-    threading.Thread(target=ask, daemon=True).start()
-    return answer.result
+def _now() -> float:
+    """Returns seconds of a clock that also counts while the machine sleeps, where there is one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Publication(Transaction):
@@ -163,6 +155,8 @@ class Publication(Transaction):
         self._sent: dict[str, threading.Lock] = {}
         self._there: set[str] = set()
         self._recorded = 0.0
+        self._records: dict[str, tuple[Record, float]] = {}
+        """What was written last for each object, and when."""
         self._committed = False
         self._maybe_visible: dict[str, SwiftOutput] = {}
         self._leaves: dict[Leaf, None] = {}
@@ -184,22 +178,27 @@ class Publication(Transaction):
         self.record()
         # Only what is in the record may be relied on.
         kept = [source for source in mine if isinstance(source, LeafFile) or source.there]
-        young = self._young(len(kept))
+        young = self._young({source.where for source in kept})
         for _ in in_order(self._keep, (source for source in kept if source.where not in young[source.etag])):
             pass
 
-    def _young(self, count: int) -> Mapping[str, set[ObjectName]]:
+    def _young(self, wanted: set[ObjectName]) -> Mapping[str, set[ObjectName]]:
         """Returns payload that is so young that nobody removes it, by ETag: many in one request.
 
         A listing may lack what is new, or have what was removed a moment ago. The store looks at all segments of a
         manifest when it is made.
         """
         found: dict[str, set[ObjectName]] = defaultdict(set)
-        if count > _FEW:
+        if len(wanted) > _FEW:
             oldest = self.client.now() - _FRESH / 2
-            for entry in islice(self.client.listing(self.own, PREFIX), _LISTED + 2 * count):
+            left = set(wanted)
+            for entry in islice(self.client.listing(self.own, PREFIX), _LISTED + 2 * len(wanted)):
+                where = ObjectName(self.own, entry.name)
+                left.discard(where)
                 if entry.modified > oldest:
-                    found[entry.etag].add(ObjectName(self.own, entry.name))
+                    found[entry.etag].add(where)
+                if not left:
+                    break
         return found
 
     def _make_container(self) -> None:
@@ -212,12 +211,20 @@ class Publication(Transaction):
 
     def record(self) -> None:
         """Writes the record of each object, with all that it needs so far."""
-        for name, target in self.backend.targets.items():
-            etag = next((output.etag for output in self.outputs if output.name == name), None)
-            with self._lock:
-                record = Record(target.where.path, etag or None, tuple(self.uses))
-            self.client.put(record_name(self.own, target.where, self.id), record.body())
-        self._recorded = time.monotonic()
+        for name in self.backend.targets:
+            self.record_one(name)
+        self._recorded = _now()
+
+    def record_one(self, name: str) -> None:
+        """Writes the record of one object, unless it has been written a moment ago as it is now."""
+        where = self.backend.targets[name].where
+        etag = next((output.etag for output in self.outputs if output.name == name), None)
+        with self._lock:
+            record = Record(where.path, etag or None, tuple(self.uses))
+        written, when = self._records.get(name, (None, 0.0))
+        if written != record or _now() - when > _FRESH / 2:
+            self.client.put(record_name(self.own, where, self.id), record.body())
+            self._records[name] = record, _now()
 
     def _keep(self, source: Piece | LeafFile) -> None:
         """Makes sure that an object which exists stays. Raises `BackendError` if it has gone."""
@@ -255,7 +262,7 @@ class Publication(Transaction):
                 raise AccessError("a file of the source changed while it was being sent", hint="try again")
             self._there.add(piece.where.name)
         with self._lock:
-            if time.monotonic() - self._recorded > _FRESH:
+            if _now() - self._recorded > _FRESH:
                 self.record()
 
     def keep(self, prefix: str, body: bytes, *, payload: bool = False) -> Segment:
@@ -334,6 +341,7 @@ class Publication(Transaction):
         # Whoever has just unpublished an object of this name and content has taken the record for that object's.
         for output in self.outputs:
             if self.client.head(record_name(self.own, output.target.where, self.id)) is None:
+                self._records.clear()
                 self.record()
         for output in self.outputs:
             # Garbage that stays is collected later.
@@ -353,7 +361,7 @@ class Publication(Transaction):
 
     def _refuse_stale(self) -> None:
         """Raises `BackendError` if segments have gone, after a pause in which they could be taken for unused."""
-        if time.monotonic() - self._recorded < GRACE / 4:
+        if _now() - self._recorded < GRACE / 4:
             return
         problem = next(problems_of(self.client, self._leaves), None)
         if problem:
@@ -386,6 +394,7 @@ class SwiftOutput(Output):
         self.candidate = ObjectName(publication.own, f"candidates/{publication.id}-{number}")
         self.body, self.etag = b"", ""
         self._file: File | None = None
+        self._recorded: Future[None] | None = None
         self._rows = Rows()
         self._metadata = Packer(partial(publication.keep, "metadata"), self._rows)
         self._payload = Packer(partial(publication.keep, "encoded", payload=True), self._rows)
@@ -426,15 +435,20 @@ class SwiftOutput(Output):
         segments = self._tree(placed(self._rows, self.size))
         self.body, self.etag = body_of(segments), etag_of(segments)
         self.publication.uses[self.candidate.name] = None
+        self._recorded = asked(partial(self.publication.record_one, self.name))
         self.publication.client.put_manifest(self.candidate, self.body, self.etag, self.size, look=False)
         made = SwiftObject(self.publication.client, self.candidate)
         self.publication.client.refuse_other(self.candidate, made.found, self.etag, self.size)
         self._file = file = RemoteFile(self.target.url, made)
         refuse_other_content(self.plan, made, file)
         self.publication.used(window.leaf for window in made.windows if window.leaf)
+        self._recorded.result()
         return file
 
     def close(self) -> None:
+        if self._recorded:
+            # What is removed afterwards must not be written later.
+            self._recorded.exception()
         if self._file:
             self._file.close()
 

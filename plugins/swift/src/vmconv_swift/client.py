@@ -6,11 +6,12 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from functools import cache, cached_property
 from hashlib import md5
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vmconv.plugin import AccessError, BackendError, ReadError
 from vmconv_swift.cloud import cloud_of
@@ -19,6 +20,8 @@ from vmconv_swift.names import ObjectName
 if TYPE_CHECKING:
     from vmconv.plugin import Url
     from vmconv_swift.cloud import Cloud
+
+Answered = TypeVar("Answered")
 
 TRIES = 5
 """Requests before one that fails on the way is an error."""
@@ -38,7 +41,8 @@ _ETAG = re.compile(r'"?([0-9a-f]{32})"?')
 class Found(NamedTuple):
     """An object of the store: ETag in hexadecimal, size in bytes, when it was last changed or touched.
 
-    `large` is True for a static large object. `now` is the store's clock. Both times are seconds since 1970.
+    `large` is True for a static large object. `now` is the store's clock. Both times are seconds since 1970. `headers`
+    are those of the answer.
     """
 
     etag: str
@@ -46,6 +50,7 @@ class Found(NamedTuple):
     large: bool
     modified: float
     now: float
+    headers: Mapping[str, str]
 
 
 class Answer(NamedTuple):
@@ -205,7 +210,7 @@ class Client:
         if not re.fullmatch(r"[0-9]{1,18}", size) or not etag:
             raise ReadError(f"{self.shown(where)}: the store states no size and ETag")
         large = str(answer.headers.get("X-Static-Large-Object") or "").lower() == "true"
-        return Found(etag, int(size), large, _seconds(answer, "X-Timestamp"), _date(answer))
+        return Found(etag, int(size), large, _seconds(answer, "X-Timestamp"), _date(answer), answer.headers)
 
     def now(self) -> float:
         """Returns the store's time, seconds since 1970, by the last answer."""
@@ -277,6 +282,21 @@ class Client:
                 raise AccessError(f"{said}: {_doing(method)}: the store answers {_reason(answer)}")
             why = f"the store answers {_reason(answer)}"
         raise (ReadError if method in ("GET", "HEAD") else BackendError)(f"{said}: {_doing(method)}: {why}")
+
+
+def asked(question: Callable[[], Answered]) -> Future[Answered]:
+    """Asks in a thread, and returns at once."""
+    answer: Future[Answered] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except BaseException as exc:
+            answer.set_exception(exc)
+
+    # Who stops before the answer is needed does not wait for the store.
+    threading.Thread(target=ask, daemon=True).start()
+    return answer
 
 
 MAX_SEGMENTS = 1000

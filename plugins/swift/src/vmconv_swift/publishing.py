@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import (
@@ -59,6 +60,17 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from vmconv.plugin import parse_url
+    from vmconv_swift.remote import opened_ahead
+
+    storage = _storage(options)
+    source = options.source
+    # The store answers while the modules that plan are loaded.
+    with opened_ahead(parse_url(source)) if source.startswith("swift://") else nullcontext():
+        return _publish(options, storage)
+
+
+def _publish(options: argparse.Namespace, storage: SwiftBackend) -> int:
     from vmconv.plugin import (
         Reading,
         ZeroCopyError,
@@ -71,7 +83,6 @@ def _run(options: argparse.Namespace) -> int:
         size_text,
     )
 
-    storage = _storage(options)
     source = Reading(options.source, options.format_f, **access(options))
     targets = _targets(options)
     if options.dry_run:

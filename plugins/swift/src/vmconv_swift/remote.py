@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from vmconv.plugin import AccessError, HttpObject, Place, ReadError, Remote, VmconvError, in_order, parse_url
-from vmconv_swift.client import client_for
+from vmconv_swift.client import asked, client_for
 from vmconv_swift.manifest import Leaf, Window, windows_of
 from vmconv_swift.names import object_of
 from vmconv_swift.zeros import is_zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
+    from concurrent.futures import Future
 
     from vmconv.plugin import Url
     from vmconv_swift.client import Client
@@ -20,10 +23,52 @@ if TYPE_CHECKING:
 
 MOST_PROBLEMS = 20
 """Problems that are listed."""
+_HEAD = 256 << 10
+"""Bytes that each reader asks for first."""
+
+
+_coming: dict[Url, Future[SwiftObject]] = {}
+"""Objects that are being opened."""
+
+
+@contextmanager
+def opened_ahead(url: Url) -> Iterator[None]:
+    """Begins to open the object at a URL that is opened during the block, and to read what its reader asks for."""
+
+    def ask() -> SwiftObject:
+        made = _opened(url)
+        try:
+            head = bytearray(min(_HEAD, made.size))
+            made.read_into(0, memoryview(head))
+            made.head = bytes(head)
+            # The object keeps them.
+            _ = made.windows
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    _coming[url] = asked(ask)
+    try:
+        yield
+    finally:
+        unused = _coming.pop(url, None)
+        if unused:
+            unused.add_done_callback(_close)
+
+
+def _close(unused: Future[SwiftObject]) -> None:
+    if not unused.exception():
+        unused.result().close()
 
 
 def opened(url: Url) -> SwiftObject:
     """Returns the object at a URL."""
+    coming = _coming.pop(url, None)
+    return coming.result() if coming else _opened(url)
+
+
+def _opened(url: Url) -> SwiftObject:
     where = object_of(url)
     return SwiftObject(client_for(url), where)
 
@@ -49,14 +94,9 @@ class SwiftObject(Remote):
 
         named = parse_url(f"swift://{cloud.name}{where.quoted}")
         place = Place.of(parse_url(cloud.endpoint + where.quoted))
-        try:
-            self._http = HttpObject(named, place=place, sign=sign, renew=cloud.renew, context=cloud.context())
-        except (AccessError, ReadError) as exc:
-            raise self._explained(exc, 0, found.size) from exc
-        if (self._http.etag, self._http.size) != (self.etag, self.size):
-            self._http.close()
-            raise AccessError(f"{self.shown}: changed while it was being opened", hint="try again")
-        self.head = self._http.head
+        self._http = HttpObject(
+            named, place=place, sign=sign, renew=cloud.renew, context=cloud.context(), seen=found.headers
+        )
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         try:

@@ -109,8 +109,9 @@ class _RetryableError(Exception):
 class HttpObject(Remote):
     """The object at a URL. `sign` adds the headers that authorize a request; they go to no other host.
 
-    Opening it asks for the first block, which tells size and version. `renew` gets new credentials, once per request,
-    if the server says that they do not hold (401). `context` verifies the server, by default as Python does.
+    Opening it asks for the first block, which tells size and version, unless `seen` are the headers of an answer to
+    HEAD. `renew` gets new credentials, once per request, if the server says that they do not hold (401). `context`
+    verifies the server, by default as Python does.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class HttpObject(Remote):
         sign: Sign | None = None,
         renew: Callable[[], object] | None = None,
         context: ssl.SSLContext | None = None,
+        seen: Mapping[str, str] | None = None,
     ) -> None:
         if not url.host:
             raise UsageError(f"{url.shown}: has no host")
@@ -131,6 +133,10 @@ class HttpObject(Remote):
         self._pool = _Pool(url.shown, context)
         self._version: _Version | None = None
         self.size = BLOCK
+        if seen is not None:
+            self.size = int(seen["Content-Length"])
+            self._version = _Version(seen.get("ETag") or "", seen.get("Last-Modified") or "", self.size)
+            return
         try:
             head = bytearray(BLOCK)
             done = self._read(0, memoryview(head))
