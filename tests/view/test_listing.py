@@ -12,7 +12,7 @@ import pytest
 
 from support.disks import MIB, make_disk
 from support.mounting import ERRORS, mounted
-from vmconv.api import views
+from vmconv.api import views, volumes
 from vmconv.cli.main import main
 from vmconv.interface.format import Format
 from vmconv.io.registry import installed
@@ -31,6 +31,24 @@ def walked(tree: Tree, path: str = "") -> list[str]:
         else:
             found += walked(tree, below)
     return found
+
+
+def test_a_disk_without_partitions_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_disk(tmp_path / "disk.raw", MIB)
+    looked: list[Any] = []
+
+    def noted(image: Any) -> Any:
+        looked.append(image)
+        return volumes(image)
+
+    monkeypatch.setattr(entry_module, "volumes", noted)
+    tree = Tree(installed(), str(tmp_path))
+    try:
+        for _ in range(3):
+            assert list(tree.node("disk.raw/partitions").names()) == []
+    finally:
+        tree.close()
+    assert len(looked) == 1
 
 
 def test_what_is_listed_is_planned_only_when_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

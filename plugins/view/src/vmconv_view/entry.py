@@ -121,7 +121,8 @@ class Entry:
 
     def names(self, variant: Shown) -> Iterable[str]:
         """Returns the names of the files in this variant: those that are planned, else those that are expected."""
-        return self.planned(variant) or self.expected(variant)
+        files = self.planned(variant)
+        return self.expected(variant) if files is None else files
 
     def expected(self, variant: Shown) -> tuple[str, ...]:
         """Returns the names that the files of this variant will have if they can be planned."""
@@ -142,7 +143,9 @@ class Entry:
             self._planning += 1
         try:
             with self._one_plan:
-                files = self.planned(variant) or self._plan(image, variant)
+                files = self.planned(variant)
+                if files is None:
+                    files = self._plan(image, variant)
             with self._lock:
                 self._plans[variant.name] = files
             return files

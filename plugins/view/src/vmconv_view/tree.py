@@ -154,9 +154,9 @@ class Tree:
             variant = self._variants[entry.kind].get(place)
             if variant is None:
                 raise FileNotFoundError(errno.ENOENT, rest)
-            files = entry.planned(variant) or self._jobs.result(
-                (entry, place), rights, f"{image} as {place}", partial(entry.plan, variant)
-            )
+            files = entry.planned(variant)
+            if files is None:
+                files = self._jobs.result((entry, place), rights, f"{image} as {place}", partial(entry.plan, variant))
             if files is not None:
                 self._trim()
                 if name not in files and ERRORS in files and name in entry.expected(variant):
