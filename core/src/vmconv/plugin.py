@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         Transaction,
     )
     from vmconv.interface.command import Command
+    from vmconv.interface.container import ObjectContainer, StoredObject
     from vmconv.interface.findings import Findings
     from vmconv.interface.format import (
         BitmapChange,
@@ -154,6 +155,8 @@ _HOMES = {
     "make_objects": "conversion.objects",
     "planned_objects": "conversion.objects",
     "ObjectBackend": "interface.backend",
+    "ObjectContainer": "interface.container",
+    "StoredObject": "interface.container",
     "is_url": "interface.scheme",
     "parse_url": "interface.scheme",
     "RemoteFile": "io.remote",
@@ -373,6 +376,7 @@ __all__ = [
     "NewFile",
     "NoOptions",
     "ObjectBackend",
+    "ObjectContainer",
     "ObjectTarget",
     "Opener",
     "OutFile",
@@ -405,6 +409,7 @@ __all__ = [
     "SnapshotChange",
     "Source",
     "Stamp",
+    "StoredObject",
     "Structure",
     "Substitution",
     "Survey",

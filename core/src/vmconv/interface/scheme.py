@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from vmconv.interface.container import ObjectContainer
 
 MAX_URL = 8192
 """Characters of a URL."""
@@ -167,3 +170,7 @@ class Scheme(ABC):
         Raises `UsageError` for a URL without a meaning, `AccessError` if the server refuses, `ReadError` if it cannot
         be reached or fails.
         """
+
+    def container(self, url: Url) -> ObjectContainer:
+        """Returns the container of objects at a URL, for schemes of object stores. Raises errors as `open` does."""
+        raise UsageError(f"{url.shown}: {self.name}:// has no containers of objects to convert in")

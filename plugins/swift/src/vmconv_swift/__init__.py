@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vmconv.plugin import Scheme, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Command, Remote, Url
+    from vmconv.plugin import Command, ObjectContainer, Remote, Url
 
 VMCONV_INTERFACE = 1
 
@@ -23,6 +23,11 @@ class Swift(Scheme):
         from vmconv_swift.remote import opened
 
         return opened(url)
+
+    def container(self, url: Url) -> ObjectContainer:
+        from vmconv_swift.container import SwiftContainer
+
+        return SwiftContainer.at(url)
 
 
 @hookimpl

@@ -36,7 +36,7 @@ from vmconv_swift.manifest import MAX_DEPTH, Segment, body_of, etag_of
 from vmconv_swift.names import OWN_SUFFIX, ObjectName, own_container
 from vmconv_swift.payload import PREFIX, LeafFile, Piece, StoreFile, staged
 from vmconv_swift.readback import refuse_other_content
-from vmconv_swift.records import GRACE, MARK, Record, record_name, refuse_stranger
+from vmconv_swift.records import GRACE, Record, make_own, record_name, refuse_stranger
 from vmconv_swift.remote import SwiftObject, problems_of
 from vmconv_swift.segments import SMALL_GAP, Packer, Rows, placed
 from vmconv_swift.zeros import ZEROS, etag_of_zeros
@@ -70,14 +70,23 @@ class Target(NamedTuple):
 class SwiftBackend(ObjectBackend):
     """Publishes one disk as objects of one container.
 
-    `adopt` refers to payload in containers that are not vmconv's own.
+    `adopt` refers to payload in containers that are not vmconv's own. `ready` is called with the ETag of each object
+    right before it appears.
     """
 
     name = "swift"
     title = "refers to ranges of objects"
 
-    def __init__(self, client: Client, targets: Sequence[Target], *, adopt: bool = False, force: bool = False) -> None:
-        self.client, self.adopt, self.force = client, adopt, force
+    def __init__(
+        self,
+        client: Client,
+        targets: Sequence[Target],
+        *,
+        adopt: bool = False,
+        force: bool = False,
+        ready: Callable[[str], None] = lambda _etag: None,
+    ) -> None:
+        self.client, self.adopt, self.force, self.ready = client, adopt, force, ready
         self.targets = {target.where.name.rpartition("/")[2]: target for target in targets}
         containers = {target.where.container for target in targets}
         if len(self.targets) < len(targets):
@@ -171,7 +180,7 @@ class Publication(Transaction):
             if source.where.container == self.own:
                 self.uses[source.where.name] = None
         if not self.backend.exists:
-            self._make_container()
+            make_own(self.client, self.backend.container)
         self.left = (
             f"what was sent is kept in {self.own} for the next publication; vmconv unpublish --unused removes it later"
         )
@@ -200,14 +209,6 @@ class Publication(Transaction):
                 if not left:
                     break
         return found
-
-    def _make_container(self) -> None:
-        headers = self.client.container(self.backend.container) or {}
-        # Who may read an object has to be allowed to read its segments.
-        readers = headers.get("X-Container-Read")
-        self.client.make_container(self.own, {MARK: "1"} | ({"X-Container-Read": readers} if readers else {}))
-        if not refuse_stranger(self.client, self.own):
-            raise BackendError(f"swift://{self.client.cloud.name}/{self.own}: was made, and is not there")
 
     def record(self) -> None:
         """Writes the record of each object, with all that it needs so far."""
@@ -327,6 +328,8 @@ class Publication(Transaction):
         self._refuse_stale()
         self.record()
         new = not self.backend.force
+        for output in self.outputs:
+            self.backend.ready(output.etag)
         try:
             for output in self.outputs:
                 self._maybe_visible[output.name] = output

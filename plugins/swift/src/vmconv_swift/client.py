@@ -65,7 +65,7 @@ class Answer(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A row of a listing."""
+    """A row of a listing; `etag` is the one that the object itself has, also if it is a large one."""
 
     name: str
     size: int
@@ -81,11 +81,15 @@ class Sent(NamedTuple):
 
 
 class Client:
-    """Requests to one account; thread-safe. Names in errors are those of `swift://CLOUD/CONTAINER/OBJECT`."""
+    """Requests to one account; thread-safe. Names in errors are those of `swift://CLOUD/CONTAINER/OBJECT`.
+
+    `requests` is the number of requests so far, with those of `SwiftObject`.
+    """
 
     def __init__(self, cloud: Cloud) -> None:
         self.cloud = cloud
         self.sent = Sent()
+        self.requests = 0
         self._lock = threading.Lock()
         self._last: tuple[Answer, float] | None = None
         """The last answer, and when it arrived."""
@@ -104,6 +108,11 @@ class Client:
         """Returns the content of an object of at most `limit` bytes, or its manifest."""
         return self._ask("GET", where.quoted + query, self.shown(where), limit=limit).body
 
+    def read_if_there(self, where: ObjectName, limit: int) -> bytes | None:
+        """Returns what `read` does; None if there is no such object."""
+        answer = self._ask("GET", where.quoted, self.shown(where), good=(200, 404), limit=limit)
+        return None if answer.status == 404 else answer.body
+
     def read_range(self, where: ObjectName, etag: str, offset: int, length: int) -> bytes:
         """Returns a range of an object. Raises `ReadError` unless it has this ETag."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", "If-Match": f'"{etag}"'}
@@ -120,6 +129,10 @@ class Client:
         if (stored := _etag(answer)) != etag:
             raise BackendError(f"{self.shown(where)}: the store has the MD5 {stored or 'of nothing'}, {etag} was sent")
         return etag
+
+    def put_new(self, where: ObjectName, body: bytes) -> None:
+        """Makes an object, unless there is one of this name."""
+        self._ask("PUT", where.quoted, self.shown(where), body, {"If-None-Match": "*"}, (201, 412))
 
     def put_manifest(
         self, where: ObjectName, body: bytes, etag: str, size: int, *, new: bool = False, look: bool = True
@@ -182,6 +195,11 @@ class Client:
             if page[-1].name <= marker:
                 raise ReadError(f"{said}: its listing does not end")
             marker = page[-1].name
+
+    def count(self) -> None:
+        """Counts a request."""
+        with self._lock:
+            self.requests += 1
 
     # -- what the store allows
 
@@ -252,6 +270,7 @@ class Client:
         for tries in range(1, TRIES + 1):
             if why:
                 time.sleep(PAUSE * 2 ** (tries - 2))
+            self.count()
             if body:
                 with self._lock:
                     name = "payload" if payload else "metadata"
@@ -369,7 +388,9 @@ def _rows(content: bytes, said: str) -> list[Entry]:
         rows = []
         for row in json.loads(content):
             modified = datetime.fromisoformat(row["last_modified"]).replace(tzinfo=UTC).timestamp()
-            rows.append(Entry(str(row["name"]), int(row["bytes"]), modified, str(row["hash"])))
+            # Of a large object `hash` is the MD5 of its manifest.
+            etag = str(row.get("slo_etag") or row["hash"]).strip('"')
+            rows.append(Entry(str(row["name"]), int(row["bytes"]), modified, etag))
     except (ValueError, KeyError, TypeError) as exc:
         raise ReadError(f"{said}: its listing cannot be understood") from exc
     return rows

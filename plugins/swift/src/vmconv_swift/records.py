@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.plugin import AccessError, ImageError, in_order
+from vmconv.plugin import AccessError, BackendError, ImageError, in_order
 from vmconv_swift.names import ObjectName, own_container
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ GRACE = 24 * 3600
 MARK = "X-Container-Meta-Vmconv"
 """The property of a container that vmconv has made."""
 PREFIX = "records/"
+NOTES = "notes/"
+"""The beginning of names of objects that no publication makes, and that stay."""
 _MAX_RECORD = 256 << 20
 _VERSION = 1
 
@@ -57,6 +59,16 @@ def refuse_stranger(client: Client, own: str) -> bool:
             hint="nothing in it is used or removed; publish into another container",
         )
     return True
+
+
+def make_own(client: Client, container: str) -> None:
+    """Makes vmconv's container for one of the user's."""
+    own, headers = own_container(container), client.container(container) or {}
+    # Who may read an object has to be allowed to read its segments.
+    readers = headers.get("X-Container-Read")
+    client.make_container(own, {MARK: str(_VERSION)} | ({"X-Container-Read": readers} if readers else {}))
+    if not refuse_stranger(client, own):
+        raise BackendError(f"swift://{client.cloud.name}/{own}: was made, and is not there")
 
 
 def _read(client: Client, own: str, name: str) -> Record:
@@ -96,7 +108,7 @@ def unused(client: Client, container: str, grace: float) -> Iterator[Unused]:
     """
     own = own_container(container)
     # Listed before the records are read: an object that a later record names is missing here, or is touched.
-    entries = [entry for entry in client.listing(own) if not entry.name.startswith(PREFIX)]
+    entries = [entry for entry in client.listing(own) if not entry.name.startswith((PREFIX, NOTES))]
     before = client.now() - grace
     used: set[str] = set()
     dead: list[Unused] = []

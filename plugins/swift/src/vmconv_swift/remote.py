@@ -99,6 +99,7 @@ class SwiftObject(Remote):
         )
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.client.count()
         try:
             self._http.read_into(offset, buffer)
         except (AccessError, ReadError) as exc:
