@@ -14,6 +14,7 @@ import sys
 from vmconv.api import MachineResult, Result
 from vmconv_fleet.jobs import worker
 from vmconv_fleet.jobs.conversion import Conversion
+from vmconv_fleet.jobs.journal import JobJournal
 
 
 def wait(gate: str) -> None:
@@ -32,10 +33,17 @@ def main() -> int:
         if os.path.exists(self._journal.path):
             wait("begun")
 
+    write_object = JobJournal.write_object
+
+    def announced(self: JobJournal, container: str, name: str, version: str) -> None:
+        write_object(self, container, name, version)
+        wait("begun")
+
     def finished(self: Conversion, source: str, result: Result | MachineResult) -> None:
         wait("made")
         finish(self, source, result)
 
+    JobJournal.write_object = announced  # type: ignore[method-assign]
     Conversion._created = created  # type: ignore[method-assign]
     Conversion._finish = finished  # type: ignore[method-assign]
     return worker.main()

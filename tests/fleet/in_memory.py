@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fleet.plain import PlainSigner, PlainTrust
 from vmconv_fleet.catalogue.indexes import INDEXES
-from vmconv_fleet.catalogue.kinds import SCHEMA
+from vmconv_fleet.catalogue.terms import SCHEMA
 from vmconv_fleet.jobs.handlers import make_handlers
 from vmconv_fleet.replication.engine import Events
 from vmconv_fleet.replication.problems import NodeProblem

@@ -1,4 +1,4 @@
-"""Nodes of two versions in one fleet: revision 3 does not know shared storage and retention, revision 5 does."""
+"""Nodes of two versions in one fleet: revision 3 does not know shared storage and retention, revision 6 does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 from fleet.in_memory import Node, Wire
 from vmconv_fleet.catalogue import kinds
-from vmconv_fleet.catalogue.kinds import Body, DatastoreBody, JobBody, JobPlan, PolicyBody
+from vmconv_fleet.catalogue.kinds import Body, DatastoreBody, DiskBody, JobBody, JobPlan, PolicyBody
+from vmconv_fleet.catalogue.terms import SCHEMA
 from vmconv_fleet.errors import StoreError
 from vmconv_fleet.jobs.arguments import ARGUMENTS
 from vmconv_fleet.replication.records import Change, Record
@@ -22,6 +23,7 @@ from vmconv_fleet.testing import PATIENCE
 NEW_FIELDS: dict[type[Body], tuple[str, ...]] = {
     PolicyBody: ("keep_days", "keep_records"),
     DatastoreBody: ("storage", "owner", "owners", "give_to", "take", "converters"),
+    DiskBody: ("version",),
     JobBody: ("of",),
     JobPlan: ("source", "strips"),
 }
@@ -37,7 +39,7 @@ class OldDatastore(Body):
 
 
 class Fleet:
-    """Three nodes that are started and stopped one by one, as revision 3 or 5."""
+    """Three nodes that are started and stopped one by one, as revision 3 or 6."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = directory
@@ -122,7 +124,7 @@ def test_a_rolling_upgrade_loses_nothing(
         for number in order:
             fleet.stop(number)
             fleet.downgrade_file(number)
-            node = fleet.start(number, 5)
+            node = fleet.start(number, 6)
             # The new node uses what only it knows; the old ones keep it, and are asked for what they know.
             new = {"path": "/srv", "scanned_ms": 2, "storage": "s", "owner": node.id, "owners": [{"node": node.id}]}
             node.until(lambda node=node: node.service.serving)  # type: ignore[misc]
@@ -148,7 +150,7 @@ def test_a_rolling_upgrade_loses_nothing(
                 assert policy
                 assert store
                 assert policy.body["keep_days"] == 30
-                assert store.schema == 5
+                assert store.schema == 6
                 numbers = [one.body["number"] for one in view.find("transaction", owner)]
                 assert numbers == list(range(1, len(numbers) + 1))
     finally:
@@ -157,7 +159,7 @@ def test_a_rolling_upgrade_loses_nothing(
 
 def test_a_downgrade_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = Fleet(tmp_path, monkeypatch)
-    node = fleet.start(1, 5)
+    node = fleet.start(1, 6)
     node.write(Change("policy", "conversion", {"keep_days": 30}))
     fleet.stop(1)
     path = tmp_path / "n01" / "store.sqlite"
@@ -173,7 +175,7 @@ def test_a_downgrade_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch:
         Store.open(str(path), node.id)
     assert content() == before
     monkeypatch.undo()
-    again = fleet.start(1, 5)
+    again = fleet.start(1, 6)
     record = again.service.view().get(node.id, "policy", "conversion")
     assert record
     assert record.body == {"keep_days": 30}
@@ -182,7 +184,7 @@ def test_a_downgrade_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch:
 
 def test_the_new_fields_are_those_of_this_revision() -> None:
     """The tests above have to be changed with the schema."""
-    assert kinds.SCHEMA == 5
+    assert SCHEMA == 6
     for model, fields in NEW_FIELDS.items():
         assert set(fields) <= model.model_fields.keys()
     assert set(NEW_VERBS) <= ARGUMENTS.keys()

@@ -20,6 +20,7 @@ from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.fields import GroupName, Name, PlainName
 from vmconv_fleet.catalogue.kinds import MAX_CONVERTERS
 from vmconv_fleet.catalogue.overridden import overridden_in
+from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.catalogue.terms import Role
 from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
 from vmconv_fleet.trust import tokens
@@ -54,7 +55,7 @@ class ScanWish(_Wish):
 
 
 class DatastoreWish(_Wish):
-    """A directory of this node, by its path here."""
+    """A directory of this node, by its path here, or a container of objects, by its URL here."""
 
     name: str
     path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -179,12 +180,12 @@ async def scan(node: str, wish: ScanWish, state: StateOf, caller: Known, wait: W
     return (await ask(state, caller, _node(state, node), "scan", arguments, wait=wait)).as_response()
 
 
-@router.post("/datastores", responses=_ANSWERS, summary="Declare a directory of this node; local administrator only")
+@router.post("/datastores", responses=_ANSWERS, summary="Declare a datastore of this node; local administrator only")
 async def add_datastore(wish: DatastoreWish, state: StateOf, caller: Known) -> JSONResponse:
     if not caller.is_local:
         raise AccessError("datastores are declared by the node's local administrator: they name its paths")
-    path = os.path.realpath(wish.path)
-    if not os.path.isdir(path):
+    path = wish.path if is_container(wish.path) else os.path.realpath(wish.path)
+    if not (is_container(path) or os.path.isdir(path)):
         raise UsageError(f"{wish.path}: is not a directory")
     answer = await ask(state, caller, state.node, "datastore-add", {"name": wish.name, "path": path})
     return answer.as_response()

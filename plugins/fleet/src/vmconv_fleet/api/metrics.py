@@ -13,6 +13,7 @@ from fastapi.responses import PlainTextResponse
 
 from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.state import State, StateOf
+from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.replication.indexing import UNANSWERED, Where
 from vmconv_fleet.replication.store import ReplicaView
 
@@ -112,7 +113,8 @@ def _of_catalogue(state: State) -> Iterator[Family]:
         "Disk images by node and format",
         [({"node": name(owner), "id": owner, "format": key or "unknown"}, n) for owner, key, n in disks],
     )
-    datastores = snapshot.find("datastore")
+    # Of a store of objects nobody knows the size.
+    datastores = [one for one in snapshot.find("datastore") if not is_container(str(one.body.get("path")))]
     for metric, help_, field in (
         ("datastore_free_bytes", "Free space of a datastore", "free"),
         ("datastore_size_bytes", "Size of the filesystem of a datastore", "size"),

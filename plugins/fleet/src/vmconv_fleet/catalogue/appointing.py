@@ -1,4 +1,5 @@
-"""Shared storage that several nodes convert: its owner appoints them, and each uses the storage by its own mount.
+"""Shared storage that several nodes convert: its owner appoints them, and each uses the storage by its own mount, or by
+its own name of the store.
 
 The owner's record names the nodes, and all of them check it again when a job begins. So an appointment ends as soon as
 its end is known, and with the ownership.
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from vmconv.plugin import printable
+from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.replication.records import Record
 
@@ -34,7 +37,11 @@ def own_datastore(records: Records, node: str, of: str, disk: Mapping[str, Any])
         raise Refusal(f"node {of} has not appointed this node to convert its datastore {name}")
     mine = _on(records, node, theirs)
     if mine is None:
-        raise Refusal(f"this node does not see the storage of datastore {name} of node {of}")
+        why, path = "", str(theirs.body.get("path"))
+        if is_container(path):
+            # What a node calls a store is its own affair.
+            why = f": its administrator adds {printable(path)[:200]} by the name that this node has for the store"
+        raise Refusal(f"this node does not see the storage of datastore {name} of node {of}{why}")
     return mine
 
 

@@ -1,9 +1,11 @@
 """Inspects datastores, as a separate program: no image can crash the node or use up its memory.
 
     python -m vmconv_fleet.catalogue.inspection < {"datastores": {NAME: PATH}, "skip": {NAME: {FILE: PROBLEM}},
-        "node": NODE, "acts": {NAME: {"give_to": NODE, "take": BOOL}}, "retired": [NODE]}
+        "node": NODE, "acts": {NAME: {"give_to": NODE, "take": BOOL}}, "retired": [NODE],
+        "known": {NAME: {OBJECT: RECORD}}, "capabilities": RECORD}
 
-A datastore that another node owns has no disks here, see `sharing`.
+A datastore that another node owns has no disks here, see `sharing`. `known` are disks in containers, which count if the
+capabilities are still the same.
 
 It prints one JSON document per line: `{"kind", "id", "body"}` for each record of the catalogue, and `{"begins": [NAME,
 FILE]}` before it reads a file, so that its caller knows which file it died of, to `skip` it the next time. The number
@@ -26,8 +28,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.plugin import AccessError, VmconvError, printable
 from vmconv_fleet.catalogue import machines
+from vmconv_fleet.catalogue.containers import ContainerScan
+from vmconv_fleet.catalogue.images import facts_of, problem_of, short
 from vmconv_fleet.catalogue.ownership import Ownership
-from vmconv_fleet.catalogue.places import disk_id, listing, refuse_outside
+from vmconv_fleet.catalogue.places import disk_id, is_container, listing, refuse_outside
 from vmconv_fleet.replication.clock import wall_ms
 
 if TYPE_CHECKING:
@@ -37,7 +41,6 @@ MAX_DEPTH = 8
 MAX_FILES = 100_000
 MAX_IMAGES = 10_000
 MAX_LAYERS = 64
-MAX_WARNINGS = 8
 SECONDS_FOR_AN_IMAGE = 20.0
 SECONDS_FOR_ALL = 300.0
 """The time that slow images can take together. None takes more than a tenth of what is left of it."""
@@ -47,6 +50,7 @@ SECONDS_AT_LEAST = 0.25
 
 _MEMORY = 4 << 30
 _MAX_TEXT = 400
+"""Characters of the name of a machine."""
 _BUNDLE = "DiskDescriptor.xml"
 _OF_FILE = ("datastore", "name", "actual_size", "changed_ms")
 
@@ -99,7 +103,7 @@ class _Parts:
                 continue
             if real in payloads and body.get("format") not in (None, "raw"):
                 said = f"is a part of {payloads[real]}: a guest writes its content, which does not say its format"
-                yield name, {key: body[key] for key in _OF_FILE if key in body} | {"problem": _short(said)}
+                yield name, {key: body[key] for key in _OF_FILE if key in body} | {"problem": short(said)}
             else:
                 yield name, body
 
@@ -137,7 +141,10 @@ def main() -> int:
     inspection = _Inspection(asked["datastores"], asked.get("skip", {}))
     about = (asked.get(name, {}) for name in ("acts", "retired", "stores"))
     inspection.ownership = Ownership(asked.get("node", ""), *about)
-    _print("capabilities", "installed", _capabilities(inspection.registry))
+    installed = _capabilities(inspection.registry)
+    if all(asked.get("capabilities", {}).get(name) == value for name, value in installed.items()):
+        inspection.known = asked.get("known", {})
+    _print("capabilities", "installed", installed)
     for name in asked["datastores"]:
         for kind, identifier, body in inspection.records(name):
             _print(kind, identifier, body)
@@ -185,10 +192,17 @@ class _Inspection:
         self._skip = skip
         self.ownership = Ownership()
         self._clock = _Clock()
-        self._roots = {name: os.path.realpath(path) for name, path in datastores.items()}
+        self.known: Mapping[str, Mapping[str, Body]] = {}
+        self._containers = {name: path for name, path in datastores.items() if is_container(path)}
+        directories = datastores.keys() - self._containers.keys()
+        self._roots = {name: os.path.realpath(datastores[name]) for name in datastores if name in directories}
 
     def records(self, datastore: str) -> Iterator[tuple[str, str, Body]]:
         """Yields the records of one datastore, the datastore's own last: it confirms that the others are complete."""
+        if datastore in self._containers:
+            scan = ContainerScan(self.registry, self.ownership, self.known, self._reading)
+            yield from scan.records(datastore, self._containers[datastore])
+            return
         began, root = wall_ms(), self._roots[datastore]
         if not os.path.isdir(root):
             yield "datastore", datastore, {"path": root, "problem": "is not a directory", "scanned_ms": began}
@@ -298,32 +312,32 @@ class _Inspection:
     def _bundle(self, found: _Found, parts: _Parts) -> None:
         """Notes the parts of a Parallels disk, whose images are listed by themselves."""
         # Whatever is wrong with the descriptor: its images are still images.
-        with suppress(Exception), self._reading(found):
+        with suppress(Exception), self._reading(found.datastore, found.name):
             refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
             self._image(found, parts)
 
     @contextmanager
-    def _reading(self, found: _Found) -> Iterator[None]:
+    def _reading(self, datastore: str, name: str) -> Iterator[None]:
         """Limits the time of the block, which reads a file. Raises VmconvError for a file to skip."""
-        if problem := self._skip.get(found.datastore, {}).get(found.name):
+        if problem := self._skip.get(datastore, {}).get(name):
             raise VmconvError(problem)
-        print(json.dumps({"begins": [found.datastore, found.name]}), flush=True)
+        print(json.dumps({"begins": [datastore, name]}), flush=True)
         with self._clock.limited():
             yield
 
     def _disk(self, found: _Found, parts: _Parts) -> Body:
         body: Body = {"datastore": found.datastore, "name": found.name}
         try:
-            with self._reading(found):
+            with self._reading(found.datastore, found.name):
                 refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
                 status = os.stat(found.path)
                 body["actual_size"] = status.st_blocks * 512
                 body["changed_ms"] = status.st_mtime_ns // 1_000_000
                 body |= self._image(found, parts)
         except VmconvError as exc:
-            body["problem"] = _short(str(exc))
+            body["problem"] = short(str(exc))
         except (Exception, RecursionError) as exc:
-            body["problem"] = _short(f"cannot be read: {type(exc).__name__}: {exc}")
+            body["problem"] = short(f"cannot be read: {type(exc).__name__}: {exc}")
         return body
 
     def _image(self, found: _Found, parts: _Parts) -> Body:
@@ -333,21 +347,13 @@ class _Inspection:
         # Locks are only read, never taken: a guest may start at any time.
         with Opener(self.registry, allow_external=self._roots.values(), force_share=True, confined=True) as opener:
             image = opener.image(found.path)
-            body: Body = {
-                "format": image.format_name,
-                "virtual_size": image.size,
-                "in_use": locks.is_written(image.file),
-            }
-            if (identity := image.facts.identity) is not None:
-                body["identity"] = str(identity)
-            said = [_short(text) for text in (*image.warnings, *checking.remarks(image, opener))]
+            body = facts_of(image, (*image.warnings, *checking.remarks(image, opener)))
+            body["in_use"] = locks.is_written(image.file)
             parts.note(image)
             try:
                 body["chain"] = list(self._layers(image))
             except VmconvError as exc:
-                body["problem"] = _short(str(exc))
-            if said:
-                body["warnings"] = said[:MAX_WARNINGS]
+                body["problem"] = short(str(exc))
             return body
 
     def _layers(self, image: Image) -> Iterator[Body]:
@@ -374,13 +380,13 @@ class _Inspection:
         stem = os.path.splitext(os.path.basename(found.name))[0]
         body: Body = {"datastore": found.datastore, "file": found.name, "name": stem[:_MAX_TEXT]}
         try:
-            with self._reading(found):
+            with self._reading(found.datastore, found.name):
                 refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
                 summary = machines.summary(found.path, self._roots.values(), self._id_of)
         except VmconvError as exc:
-            return body | {"problem": _short(str(exc))}
+            return body | {"problem": short(str(exc))}
         except (Exception, RecursionError) as exc:
-            return body | {"problem": _short(f"cannot be read: {type(exc).__name__}: {exc}")}
+            return body | {"problem": short(f"cannot be read: {type(exc).__name__}: {exc}")}
         return None if summary is None else body | summary
 
     def _datastore(self, root: str, disks: int, remarks: list[str]) -> Body:
@@ -396,8 +402,7 @@ class _Inspection:
             "disks": disks,
         }
         if remarks:
-            more = f" (and {len(remarks) - 1} more)" if len(remarks) > 1 else ""
-            body["problem"] = _short(remarks[0]) + more
+            body["problem"] = problem_of(remarks)
         return body
 
     def _backends(self) -> Iterator[tuple[str, Any]]:
@@ -428,7 +433,7 @@ def _payloads(image: Image) -> Iterator[str]:
 
 def _backend(found: Any) -> Body:
     unit = found.unit if found.shares else 0
-    return {"usable": found.usable, "unit": unit} | ({"reason": _short(found.reason)} if found.reason else {})
+    return {"usable": found.usable, "unit": unit} | ({"reason": short(found.reason)} if found.reason else {})
 
 
 def _capabilities(registry: Registry) -> Body:
@@ -447,11 +452,6 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _short(text: str) -> str:
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
 
 
 if __name__ == "__main__":

@@ -27,9 +27,7 @@ from vmconv_fleet.catalogue.fields import (
     Name,
     NodeId,
 )
-from vmconv_fleet.catalogue.terms import Role
-
-SCHEMA = 5
+from vmconv_fleet.catalogue.terms import SCHEMA, Role
 
 MAX_CONVERTERS = 1000
 """Nodes that one datastore may have to convert its disks, besides its owner."""
@@ -112,7 +110,9 @@ class BackendCapability(Body):
 
 
 class DatastoreBody(Body):
-    """A directory whose disks its node lists and converts. A scan is due unless `scan_answered_ms` is
+    """A directory, or a container of objects (`path` is its URL), whose disks its node lists and converts.
+
+    A scan is due unless `scan_answered_ms` is
     `scan_asked_ms`; the clock may have jumped between the two.
 
     `storage` is the same for all nodes that see this directory, and `owner` lists and converts its disks; `owners` are
@@ -148,7 +148,7 @@ class ChainLayer(Body):
 
 class DiskBody(Body):
     """A disk image in a datastore. `name` is its path below the datastore; `chain` are the images below it, nearest
-    first.
+    first. `version` is that of an object that was read.
 
     `problem`: why the image cannot be read; other fields may then be missing. `in_use`: it is open for writing.
     """
@@ -162,6 +162,7 @@ class DiskBody(Body):
     chain: list[ChainLayer] = []
     in_use: bool = False
     changed_ms: Milliseconds = 0
+    version: Annotated[str, Field(max_length=255)] | None = None
     warnings: list[str] = []
     problem: str | None = None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vmconv.plugin import AccessError
 from vmconv_fleet.catalogue.places import opened
-from vmconv_fleet.catalogue.sharing import Holding, hold, nearest, owner_of, release
+from vmconv_fleet.catalogue.sharing import Holding, Note, hold, hold_by, nearest, owner_of, release
 from vmconv_fleet.replication.clock import wall_ms
 
 
@@ -34,12 +34,17 @@ class Ownership:
 
     def held(self, datastore: str, root: str) -> dict[str, Any]:
         """Returns the fields of a datastore about its owner; none where they cannot be noted."""
-        act = self._acts.get(datastore, {})
-        give_to, take = act.get("give_to"), bool(act.get("take"))
-        found = None
-        if self.node:
-            found = hold(root, self.node, wall_ms(), give_to=give_to, take=take, retired=self._retired)
+        found = hold(root, self.node, wall_ms(), **self._wanted(datastore)) if self.node else None
         return found.fields() if found else {}
+
+    def of_container(self, datastore: str, note: Note) -> dict[str, Any]:
+        """Returns what `held` does, for a datastore that is known by its note alone."""
+        found = hold_by(note, self.node, wall_ms(), **self._wanted(datastore)) if self.node else None
+        return found.fields() if found else {}
+
+    def _wanted(self, datastore: str) -> dict[str, Any]:
+        act = self._acts.get(datastore, {})
+        return {"give_to": act.get("give_to"), "take": bool(act.get("take")), "retired": self._retired}
 
     def around(self, root: str) -> str | None:
         """Returns the problem of a datastore if another node had a directory above before anybody had this one."""

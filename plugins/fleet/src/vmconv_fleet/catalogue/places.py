@@ -1,19 +1,36 @@
-"""The limits of a node: it reads and writes inside its datastores only, judged by real paths."""
+"""The limits of a node: it reads and writes inside its datastores only, in directories judged by real paths."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from vmconv.api import inside
-from vmconv.plugin import AccessError, os_errors
+from vmconv.plugin import AccessError, UsageError, os_errors, parse_url
 from vmconv_fleet.words import trap_in
 
 DECLARE = "its administrator declares datastores: vmconv fleet datastore add NAME PATH"
 """The hint about a file outside the datastores."""
+_CONTAINER = re.compile(r"[a-z][a-z0-9+.-]*://")
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def is_container(path: str) -> bool:
+    """Returns whether a datastore is a container of objects, at a URL, and not a directory."""
+    return _CONTAINER.match(path) is not None
+
+
+def refuse_as_container(text: str) -> None:
+    """Raises ValueError for a URL that names no container, or has what may be a secret: records are for all to read."""
+    try:
+        url = parse_url(text)
+    except UsageError as exc:
+        raise ValueError(str(exc)) from exc
+    if url.user or url.password or url.query or not url.host or "/" in url.path.strip("/") or not url.path.strip("/"):
+        raise ValueError(f"{url.shown} is not the URL of a container: SCHEME://STORE/CONTAINER")
 
 
 def disk_id(datastore: str, name: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from functools import partial
 from typing import Any
 
+from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.store import ReplicaView
@@ -238,7 +239,23 @@ class Scanner:
         acts = {one.id: {key: one.body[key] for key in _ACTS if key in one.body} for one in stores}
         gone = {*self._retired(), *(str(one.body["owner"]) for one in stores if self._is_released(one))}
         task = {"datastores": dict(datastores), "skip": skip, "node": node, "acts": acts, "retired": sorted(gone)}
-        return {**task, "stores": self._stores()}
+        known = {name: self._known(name) for name, path in datastores.items() if is_container(path)}
+        capabilities = self._service.view().get(node, "capabilities", "installed")
+        return {
+            **task,
+            "stores": self._stores(),
+            "known": known,
+            "capabilities": dict(capabilities.body) if capabilities else {},
+        }
+
+    def _known(self, datastore: str) -> dict[str, dict[str, Any]]:
+        """Returns the disks of a datastore of which the version that was read is known."""
+        found = self._service.view().find("disk", self._service.node)
+        return {
+            str(one.body["name"]): dict(one.body)
+            for one in found
+            if one.body.get("datastore") == datastore and one.body.get("version")
+        }
 
     def _stores(self) -> dict[str, list[str]]:
         """Returns the storages of each known node."""

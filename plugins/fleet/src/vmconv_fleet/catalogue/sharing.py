@@ -5,7 +5,7 @@ that sees the storage can write it, so no other member can take a datastore away
 directory does not count: it states the machine, filesystem and directory that it is about.
 
 A volume of JuiceFS tells which it is: there the storage is known by the volume and the directory's inode, and a note
-about another one does not count, whoever wrote it.
+about another one does not count, whoever wrote it. So does a container of objects, see `containers`.
 
 Datastores of two nodes can also be one in the other. A file belongs to the nearest directory above it with a note.
 """
@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -61,6 +62,19 @@ class Holding(NamedTuple):
         return self._replace(history=(*self.history, step)[-MAX_HISTORY:])
 
 
+class Note(ABC):
+    """The note of a storage; `place` is what it has to be about."""
+
+    place: dict[str, Any]
+
+    @abstractmethod
+    def read(self) -> bytes | None: ...
+
+    @abstractmethod
+    def write(self, data: bytes, *, replace: bool) -> None:
+        """Writes the note. If it is new and another node was quicker, that one's stays."""
+
+
 def hold(
     path: str, node: str, now: int, *, give_to: str | None = None, take: bool = False, retired: Collection[str] = ()
 ) -> Holding | None:
@@ -71,22 +85,31 @@ def hold(
     with suppress(OSError):
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            place = _place(directory, path)
-            found = _read(directory)
-            if found is None or not _is_about(found, place):
-                new = Holding(_storage(place) or secrets.token_hex(16), place, ()).passed(node, "declared", now)
-                _write(directory, new, replace=_note(directory) is not None, network=place["network"])
-            elif give_to not in (None, node) and found.owner == node:
-                _write(directory, found.passed(str(give_to), "given", now), replace=True, network=place["network"])
-            elif take and found.owner != node and found.owner in retired:
-                _write(directory, found.passed(node, "taken", now), replace=True, network=place["network"])
-            else:
-                return found
-            # Another node may have been quicker.
-            return _read(directory)
+            note = _OfDirectory(directory, path)
+            return hold_by(note, node, now, give_to=give_to, take=take, retired=retired)
         finally:
             os.close(directory)
     return None
+
+
+def hold_by(
+    note: Note, node: str, now: int, *, give_to: str | None = None, take: bool = False, retired: Collection[str] = ()
+) -> Holding | None:
+    """Returns who owns the storage of a note, as `hold` does."""
+    said = note.read()
+    found = parsed(said or b"")
+    if found is None or not is_about(found, note.place):
+        new = Holding(_storage(note.place) or secrets.token_hex(16), note.place, ()).passed(node, "declared", now)
+        replace = said is not None
+    elif give_to not in (None, node) and found.owner == node:
+        new, replace = found.passed(str(give_to), "given", now), True
+    elif take and found.owner != node and found.owner in retired:
+        new, replace = found.passed(node, "taken", now), True
+    else:
+        return found
+    note.write(json.dumps(new._asdict(), separators=(",", ":")).encode(), replace=replace)
+    # Another node may have been quicker.
+    return parsed(note.read() or b"")
 
 
 def refuse_unless_owner(path: str, *nodes: str) -> None:
@@ -115,8 +138,8 @@ def owner_of(path: str) -> Holding | None:
     with suppress(OSError):
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            found = _read(directory)
-            return found if found and _is_about(found, _place(directory, path)) else None
+            found = parsed(_note(directory) or b"")
+            return found if found and is_about(found, _place(directory, path)) else None
         finally:
             os.close(directory)
     return None
@@ -156,12 +179,16 @@ def _place_in(uuid: str, mounted: str, inode: int) -> dict[str, Any]:
 
 def _storage(place: dict[str, Any]) -> str:
     """Returns the id of a storage that is known without a note; empty if it is not."""
-    if not (place.get("volume") and place.get("inode")):
+    if place.get("volume") and place.get("inode"):
+        known = f"juicefs {place['volume']} {place['inode']}"
+    elif place.get("container"):
+        known = f"container {place['container']}"
+    else:
         return ""
-    return hashlib.sha256(f"juicefs {place['volume']} {place['inode']}".encode()).hexdigest()[:32]
+    return hashlib.sha256(known.encode()).hexdigest()[:32]
 
 
-def _is_about(noted: Holding, place: dict[str, Any]) -> bool:
+def is_about(noted: Holding, place: dict[str, Any]) -> bool:
     """Returns whether a note is about this place, as far as both are known."""
     if (known := _storage(place)) and noted.storage != known:
         return False
@@ -182,9 +209,25 @@ def _uuid(directory: int) -> str:
     return ""
 
 
-def _read(directory: int) -> Holding | None:
-    """Returns who owns the directory; None without a valid note."""
-    return _parsed(_note(directory) or b"")
+class _OfDirectory(Note):
+    """The note of an open directory."""
+
+    def __init__(self, directory: int, path: str) -> None:
+        self._directory = directory
+        self.place = _place(directory, path)
+
+    def read(self) -> bytes | None:
+        return _note(self._directory)
+
+    def write(self, data: bytes, *, replace: bool) -> None:
+        try:
+            os.setxattr(self._directory, ATTRIBUTE, data, 0 if replace else os.XATTR_CREATE)
+        except FileExistsError:
+            return
+        except OSError as exc:
+            if exc.errno != errno.ENOTSUP or not self.place["network"]:
+                raise
+            _write_file(self._directory, data, replace=replace)
 
 
 def _note(directory: int) -> bytes | None:
@@ -210,7 +253,8 @@ def _file(directory: int) -> bytes | None:
         os.close(file)
 
 
-def _parsed(data: bytes) -> Holding | None:
+def parsed(data: bytes) -> Holding | None:
+    """Returns who owns a storage by its note; None if the note is not valid."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         said = json.loads(data)
         history = tuple(
@@ -220,19 +264,6 @@ def _parsed(data: bytes) -> Holding | None:
         if history and isinstance(said["place"], dict):
             return Holding(str(said["storage"])[:32], said["place"], history[-MAX_HISTORY:])
     return None
-
-
-def _write(directory: int, holding: Holding, *, replace: bool, network: bool) -> None:
-    """Writes the note. If it is new and another node was quicker, that one's stays."""
-    data = json.dumps(holding._asdict(), separators=(",", ":")).encode()
-    try:
-        os.setxattr(directory, ATTRIBUTE, data, 0 if replace else os.XATTR_CREATE)
-    except FileExistsError:
-        return
-    except OSError as exc:
-        if exc.errno != errno.ENOTSUP or not network:
-            raise
-        _write_file(directory, data, replace=replace)
 
 
 def _write_file(directory: int, data: bytes, *, replace: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vmconv.plugin import UsageError, print_json, print_table
+from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.cli.client import NodeClient, Reply
 from vmconv_fleet.cli.connecting import connected, job_named, only, refuse_refused
 from vmconv_fleet.cli.values import NONE
@@ -53,7 +54,7 @@ def own_node(client: NodeClient) -> str:
 def datastore(options: argparse.Namespace) -> int:
     with connected(options) as client:
         if options.action == "add":
-            path = os.path.abspath(options.path)
+            path = options.path if is_container(options.path) else os.path.abspath(options.path)
             reply = client.call("POST", "/api/v1/datastores", {"name": options.name, "path": path})
             return said(options, reply, f"datastore {options.name} is {path}")
         owner = options.of or own_node(client)

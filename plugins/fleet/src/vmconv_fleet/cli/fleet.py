@@ -244,7 +244,7 @@ def _datastore(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
     add = actions.add_parser("add", help="declare a directory of this node as a datastore", formatter_class=formatter)
     add.add_argument("name", metavar="NAME", help="name of the datastore")
-    add.add_argument("path", metavar="DIR", help="the directory, on this machine")
+    add.add_argument("path", metavar="DIR", help="the directory, on this machine, or swift://CLOUD/CONTAINER")
     _asking(add)
     remove = actions.add_parser(
         "remove", help="remove a datastore from the catalogue; its files stay", formatter_class=formatter

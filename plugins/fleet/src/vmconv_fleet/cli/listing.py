@@ -10,6 +10,7 @@ from typing import Any
 
 from vmconv.plugin import size_text
 from vmconv_fleet.catalogue.differences import differences
+from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.cli.connecting import connected
 from vmconv_fleet.words import age_text, cell, plan_text, progress_text, soon_text, time_text
@@ -81,7 +82,7 @@ def _datastore_row(one: Item) -> list[str]:
         one["id"],
         body.get("problem") or body.get("filesystem", ""),
         "yes" if shares else "no",
-        size_text(body.get("free", 0)),
+        "-" if is_container(body["path"]) else size_text(body.get("free", 0)),
         str(body.get("disks", 0)),
         body["path"],
     ]

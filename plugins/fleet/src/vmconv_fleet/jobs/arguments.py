@@ -19,10 +19,14 @@ from vmconv_fleet.catalogue.fields import (
     WebhookPlace,
 )
 from vmconv_fleet.catalogue.kinds import MAX_CONVERTERS, GroupSpec, TokenSpec
+from vmconv_fleet.catalogue.places import is_container, refuse_as_container
 from vmconv_fleet.words import trap_in
 
 
 def _absolute(path: str) -> str:
+    if is_container(path):
+        refuse_as_container(path)
+        return path
     if not path.startswith("/") or "\0" in path or "/../" in f"{path}/" or "/./" in f"{path}/":
         raise ValueError(f"{path!r} is not an absolute path without '.' and '..'")
     return path
@@ -91,7 +95,7 @@ class Scan(Arguments):
 
 
 class DatastoreAdd(Arguments):
-    """A directory of the target node; `path` without links."""
+    """A directory of the target node, by a `path` without links, or a container of objects, by its URL."""
 
     verb: ClassVar[str] = "datastore-add"
 

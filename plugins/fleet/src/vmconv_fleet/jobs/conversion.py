@@ -44,14 +44,8 @@ class Conversion(ABC):
         self._throttle = Throttle([Bandwidth(*one) for one in task.bandwidth])
 
     def run(self) -> None:
-        """Converts the source, by its name in its directory, which becomes the working directory.
-
-        No path is walked twice, so a directory that is renamed meanwhile changes nothing.
-        """
-        directory, source = os.path.split(place_of(self._task.root, self._task.name, self._roots))
-        held = hold(directory, self._roots)
-        os.fchdir(held)
-        os.close(held)
+        """Converts the source."""
+        source = self._source()
         target = self._target(source)
         self._target_directory = os.path.dirname(target) or "."
         if self._task.dry_run:
@@ -61,6 +55,17 @@ class Conversion(ABC):
         result = self._convert(source, target)
         self._over.set()
         self._finish(source, result)
+
+    def _source(self) -> str:
+        """Returns the source by its name in its directory, which becomes the working directory.
+
+        No path is walked twice, so a directory that is renamed meanwhile changes nothing.
+        """
+        directory, source = os.path.split(place_of(self._task.root, self._task.name, self._roots))
+        held = hold(directory, self._roots)
+        os.fchdir(held)
+        os.close(held)
+        return source
 
     @abstractmethod
     def _target(self, source: str) -> str:

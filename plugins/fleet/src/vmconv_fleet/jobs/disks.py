@@ -11,21 +11,26 @@ from vmconv_fleet.jobs.conversion import Conversion, listed
 
 if TYPE_CHECKING:
     from vmconv.api import Plan, Result
+    from vmconv_fleet.jobs.task import Task
+
+
+def parts_of_target(task: Task) -> tuple[str, str, str]:
+    """Returns stem and suffix of the name that a target has by default, and its format."""
+    from vmconv.api import new_name
+    from vmconv.plugin import installed
+
+    registry = installed()
+    one = registry.format(task.format)
+    own = task.name.rpartition("/")[2]
+    stem = registry.stem(own)
+    return stem, new_name(own, one, registry).removeprefix(stem), one.name
 
 
 class DiskConversion(Conversion):
     """Converts one disk into a file."""
 
     def _target(self, source: str) -> str:
-        from vmconv.api import new_name
-        from vmconv.plugin import installed
-
-        registry = installed()
-        one = registry.format(self._task.format)
-        own = os.path.basename(self._task.name)
-        stem = registry.stem(own)
-        suffix = new_name(own, one, registry).removeprefix(stem)
-        directory, name = self._place(stem, suffix, one.name)
+        directory, name = self._place(*parts_of_target(self._task))
         path = os.path.join(directory, name)
         if os.path.lexists(path):
             # A link is not followed: it could lead anywhere.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.groups import remove_group, set_group
-from vmconv_fleet.jobs.policy import POLICY, policy_of, refuse_ruled_out
+from vmconv_fleet.jobs.policy import POLICY, policy_of, refuse_beside, refuse_ruled_out
 from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, Handler, IncomingRequest, Outcome
@@ -191,6 +191,10 @@ def _queued(
     for name in () if "of" in fields else (fields["datastore"], wanted.target_datastore):
         if name is not None:
             _refuse_of_another(context, name)
+    source, target = str(_own(context, "datastore", fields["datastore"]).body["path"]), None
+    if wanted.target_datastore is not None:
+        target = str(_own(context, "datastore", wanted.target_datastore).body["path"])
+    refuse_beside(source, target, keeps=wanted.keep_source)
     _refuse_windows(context, fields)
     if context.count("job", OPEN) >= MAX_OPEN_JOBS:
         raise Refusal(f"this node already has {MAX_OPEN_JOBS} jobs that have not ended")

@@ -3,6 +3,9 @@
 Linking a file under its name keeps its device, inode and generation. A later file with that inode number has another
 generation. The journal lists these of the files being made, durably, before they are named. Afterwards a target
 belongs to the job if and only if it is one of them.
+
+An object is known by its version, which the journal states before the object appears. A process of its own asks the
+store: the client of a store takes much memory.
 """
 
 from __future__ import annotations
@@ -11,11 +14,17 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from vmconv.api import generation, recover
 from vmconv.plugin import VmconvError
+
+_PATIENCE = 20.0
+"""Seconds for a store to answer."""
 
 
 class JobJournal:
@@ -46,9 +55,16 @@ class JobJournal:
         """Records durably that the target will be one of the open files, and in this directory."""
         place = [directory.st_dev, directory.st_ino]
         files = [_identity(descriptor) for descriptor in descriptors]
+        self._write({"target": target, "directory": place, "files": files})
+
+    def write_object(self, container: str, name: str, version: str) -> None:
+        """Records durably that the target will be this version of an object in the container at a URL."""
+        self._write({"target": name, "container": container, "version": version})
+
+    def _write(self, said: Mapping[str, Any]) -> None:
         temporary = f"{self.path}.new"
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"target": target, "directory": place, "files": files}, file)
+            json.dump(said, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
@@ -61,11 +77,14 @@ class JobJournal:
     def made(self) -> str | None:
         """Returns the path of the target if the job made it; None otherwise.
 
-        Completes a job that was killed after the commit, while its files were named.
+        Completes a job that was killed after the commit, while its files were named. A store that cannot be asked has
+        made nothing.
         """
         try:
             with open(self.path, encoding="utf-8") as file:
                 said = json.load(file)
+            if "container" in said:
+                return said["target"] if _appeared(said) else None
             place, name = os.path.split(said["target"])
             with _held(place, said["directory"]) as directory:
                 # Nobody can lead this path elsewhere by renaming the directory.
@@ -85,6 +104,23 @@ class JobJournal:
         for path in (self.path, f"{self.path}.lock"):
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def _appeared(said: Mapping[str, str]) -> bool:
+    """Returns whether an object has the version that a job has made."""
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-m", "vmconv_fleet.jobs.appeared"],
+            input=json.dumps(said).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_PATIENCE,
+            start_new_session=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0
 
 
 @contextmanager

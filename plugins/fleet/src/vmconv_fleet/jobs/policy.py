@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.retention import DAY_MS, Ended, Keep
@@ -49,3 +50,17 @@ def refuse_ruled_out(policy: ConversionPolicy, format_name: str | None, *, keep_
     if policy.formats is not None and format_name is not None and format_name not in policy.formats:
         allowed = ", ".join(policy.formats) or "nothing"
         raise Refusal(f"the policy of this node converts to {allowed}, not to {format_name}")
+
+
+def refuse_beside(source: str, target: str | None, *, keeps: bool) -> None:
+    """Raises Refusal for what is not possible in a container: a target in another datastore, or removing the source.
+
+    `source` and `target` are the paths of datastores; None: that of the source.
+    """
+    if is_container(source):
+        if target is not None:
+            raise Refusal("in a container of objects a target is made beside its source")
+        if not keeps:
+            raise Refusal("objects share payload, so a source stays: vmconv unpublish removes it")
+    elif target is not None and is_container(target):
+        raise Refusal("a file is sent into a container of objects by its own node: vmconv publish")

@@ -15,11 +15,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vmconv_fleet.catalogue.appointing import own_datastore
+from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.catalogue.windows import WindowError, parsed, windows_of
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
-from vmconv_fleet.jobs.policy import policy_of, refuse_ruled_out
+from vmconv_fleet.jobs.policy import policy_of, refuse_beside, refuse_ruled_out
 from vmconv_fleet.jobs.task import Task
 from vmconv_fleet.jobs.throttle import Bandwidth
 from vmconv_fleet.replication.clock import wall_ms
@@ -162,19 +163,25 @@ class Run:
         for name in (datastore, job.target_datastore):
             if name is not None and name not in roots:
                 raise Refusal(f"datastore {name} no longer exists")
-            if name is not None:
-                _refuse_of_another(roots[name], owners)
+        refuse_beside(roots[datastore], job.target_datastore and roots[job.target_datastore], keeps=job.keep_source)
         within = _still_allowed(node, job, view, self._policy)
-        # A directory on the way to the source may be a datastore of another node.
-        own = source.body.get("name") or source.body["file"]
-        _refuse_of_another(os.path.dirname(os.path.join(os.path.realpath(roots[datastore]), own)), owners)
         usable = roots if within is None else {name: roots[name] for name in within if name in roots}
+        if is_container(roots[datastore]):
+            # The worker asks the store whose it is.
+            if datastore not in usable:
+                raise Refusal(f"not allowed any more: datastore {datastore}")
+        else:
+            for name in filter(None, (datastore, job.target_datastore)):
+                _refuse_of_another(roots[name], owners)
+            # A directory on the way to the source may be a datastore of another node.
+            own = source.body.get("name") or source.body["file"]
+            _refuse_of_another(os.path.dirname(os.path.join(os.path.realpath(roots[datastore]), own)), owners)
         _refuse_unknown_zones(windows_of(body, {"between": self._policy.between}))
         return Task(
             job=self._job,
             root=roots[datastore],
             name=source.body["file" if job.vm else "name"],
-            roots=list(usable.values()),
+            roots=[path for path in usable.values() if not is_container(path)],
             format=job.format,
             options=job.options,
             target=job.target,
@@ -192,6 +199,7 @@ class Run:
             uuid=job.uuid,
             new_identity=job.new_identity,
             bandwidth=self._bandwidth(),
+            owners=owners,
         )
 
     def _bandwidth(self) -> list[Bandwidth]:

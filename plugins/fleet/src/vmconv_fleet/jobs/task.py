@@ -10,10 +10,11 @@ from vmconv_fleet.jobs.throttle import Bandwidth
 class Task(NamedTuple):
     """A conversion of `name` below the datastore at `root`: a disk, or a machine's configuration (`is_machine`).
 
-    Only files below `roots` may be touched. `target` is the name of the file to make, or of the machine's directory, at
-    `target_root` or beside the source (None); without it `naming` makes the name. `journal` is the path of the job's
-    journal. `removable`: the source may be removed afterwards. Only machines have the fields between `removable` and
-    `bandwidth`, which limits the datastores of source and target.
+    Only files below `roots` may be touched. A container of objects has to belong to one of `owners`. `target` is the
+    name of the file to make, or of the machine's directory, at `target_root` or beside the source (None); without it
+    `naming` makes the name. `journal` is the path of the job's journal. `removable`: the source may be removed
+    afterwards. Only machines have the fields between `removable` and `bandwidth`, which limits the datastores of source
+    and target.
     """
 
     job: str
@@ -25,7 +26,7 @@ class Task(NamedTuple):
     target: str | None
     target_root: str | None
     naming: str
-    zero_copy: str
+    zero_copy: Literal["auto", "require"]
     journal: str
     dry_run: bool
     removable: bool
@@ -37,3 +38,4 @@ class Task(NamedTuple):
     uuid: Literal["guest", "text"]
     new_identity: bool
     bandwidth: list[Bandwidth]
+    owners: list[str]

@@ -23,7 +23,7 @@ import signal
 import sys
 
 from vmconv.plugin import VmconvError, printable
-from vmconv_fleet.catalogue.places import DECLARE
+from vmconv_fleet.catalogue.places import DECLARE, is_container
 from vmconv_fleet.jobs.conversion import Conversion, emit
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.task import Task
@@ -62,6 +62,10 @@ def _conversion(task: Task, journal: JobJournal) -> Conversion:
         from vmconv_fleet.jobs.machines import MachineConversion
 
         return MachineConversion(task, journal)
+    if is_container(task.root):
+        from vmconv_fleet.jobs.objects import ObjectConversion
+
+        return ObjectConversion(task, journal)
     from vmconv_fleet.jobs.disks import DiskConversion
 
     return DiskConversion(task, journal)

@@ -21,6 +21,7 @@ from vmconv.plugin import VmconvError
 from vmconv_fleet import config as settings
 from vmconv_fleet.catalogue.indexes import INDEXES
 from vmconv_fleet.catalogue.joining import join
+from vmconv_fleet.catalogue.terms import SCHEMA
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.jobs.handlers import make_handlers
@@ -30,7 +31,7 @@ from vmconv_fleet.links.peers import Dialler
 from vmconv_fleet.links.watching import Watch
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.node.activation import ApiSockets
-from vmconv_fleet.node.heartbeat import SCHEMA, HeartbeatWriter, node_record
+from vmconv_fleet.node.heartbeat import HeartbeatWriter, node_record
 from vmconv_fleet.node.lock import locked, note_process
 from vmconv_fleet.node.marks import FOUNDED, RESTORED
 from vmconv_fleet.node.memory import bound_heaps, release

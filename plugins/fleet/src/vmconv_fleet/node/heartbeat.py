@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from vmconv_fleet.catalogue.terms import SCHEMA
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.links.peers import links_of
 from vmconv_fleet.replication.clock import wall_ms
@@ -25,7 +26,6 @@ PER_NODE = 0.4
 MAX_INTERVAL = 60.0
 SETTLE = 0.2
 """Seconds that a change of neighbours waits for more changes, besides a fifth of the lengthening of the interval."""
-SCHEMA = 4
 
 
 def node_record(config: NodeConfig, api_port: int | None, authority: list[str], started_ms: int) -> Change:
