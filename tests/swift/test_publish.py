@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from support.requirements import oracle_module
 from support.swift import KEY, USER
 from support.variants import Variant, is_compressed, options, qemu_name, self_contained, title
 from vmconv.io.registry import installed
+from vmconv_swift.backend import Publication
+from vmconv_swift.payload import Piece
 
 METADATA = 6 * MIB
 """More than any format of such a disk needs, with the object of zeros, and manifests twice."""
@@ -74,6 +77,31 @@ def test_only_what_changed_is_sent(published: Container, disk: Path, tmp_path: P
     assert published.received() < 5 * MIB + METADATA
     assert vmconv.compare(str(changed), published.url("changed.qcow2"))
     assert vmconv.compare(str(disk), published.url("disk.qcow2"))
+
+
+def test_a_source_that_changes_after_it_was_looked_at_is_not_sent(
+    container: Container,
+    disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changing = tmp_path / "changing.raw"
+    vmconv.convert(str(disk), str(changing))
+    with changing.open("rb") as file:
+        at = os.lseek(file.fileno(), 0, os.SEEK_DATA)
+    send = Publication.send
+
+    def sending(self: Publication, piece: Piece) -> None:
+        with changing.open("r+b") as file:
+            file.seek(at)
+            file.write(b"changed")
+        send(self, piece)
+
+    monkeypatch.setattr(Publication, "send", sending)
+    assert publish(changing, container.url("changing.qcow2")) == 1
+    assert "the store received other bytes" in capsys.readouterr().err
+    assert container.names() == []
 
 
 def test_compressed_clusters_are_sent_decoded(container: Container, disk: Path, tmp_path: Path) -> None:

@@ -122,10 +122,18 @@ class Client:
             raise ReadError(f"{said}: asked for {length} bytes from {offset:#x}, the store sends {len(data)}")
         return data
 
-    def put(self, where: ObjectName, body: bytes, *, payload: bool = False) -> str:
-        """Makes or replaces an object, and returns its ETag: the MD5 of what was sent, which the store has checked."""
-        etag = md5(body, usedforsecurity=False).hexdigest()
-        answer = self._ask("PUT", where.quoted, self.shown(where), body, {"Etag": etag}, (201,), payload=payload)
+    def put(self, where: ObjectName, body: bytes, *, etag: str | None = None, payload: bool = False) -> str:
+        """Makes or replaces an object, and returns its ETag: its MD5, which the store has checked.
+
+        `etag` is the MD5 that it should have, by default that of `body`. Raises `AccessError` if it has another.
+        """
+        etag = etag or md5(body, usedforsecurity=False).hexdigest()
+        answer = self._ask("PUT", where.quoted, self.shown(where), body, {"Etag": etag}, (201, 422), payload=payload)
+        if answer.status == 422:
+            raise AccessError(
+                f"{self.shown(where)}: the store received other bytes than those with the MD5 {etag}",
+                hint="try again when nobody writes to the source",
+            )
         if (stored := _etag(answer)) != etag:
             raise BackendError(f"{self.shown(where)}: the store has the MD5 {stored or 'of nothing'}, {etag} was sent")
         return etag
