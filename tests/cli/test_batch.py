@@ -130,10 +130,39 @@ def test_no_target_replaces_another_source_of_the_run(
     assert run(*arguments, *(out.parent / name for name in ("base.vmdk", "top.vmdk"))) == 5
     assert states(events(capsys)) == {"base.vmdk": "failed", "top.vmdk": "made"}
     assert before.items() <= {path: path.read_bytes() for path in out.parent.rglob("*.vmdk")}.items()
-    arguments = ["-O", "vmdk", "--directory", out, "--recursive", "--force", "--jobs", jobs, "--output", "json"]
-    assert run(*arguments, out.parent) == 5
-    assert "made" in states(events(capsys)).values()
+    arguments = ["-O", "vmdk", "--directory", out.parent, "--recursive", "--force", "--jobs", jobs, "--output", "json"]
+    assert run(*arguments, out.parent) == 1
+    assert set(states(events(capsys)).values()) == {"failed"}
     assert before.items() <= {path: path.read_bytes() for path in out.parent.rglob("*.vmdk")}.items()
+
+
+@pytest.mark.parametrize("named", ["in/out", "link"])
+def test_what_an_earlier_run_has_made_is_no_source(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str
+) -> None:
+    out = tmp_path / "in" / "out"
+    out.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(out)
+    make_disk(tmp_path / "in" / "disk.raw", MIB)
+    (tmp_path / "in" / "other").mkdir()
+    make_disk(tmp_path / "in" / "other" / "disk.raw", MIB)
+    for _ in range(2):
+        assert run("-O", "raw", "--recursive", "--force", "--directory", tmp_path / named, tmp_path / "in") == 0
+        assert "out: is no source, because the targets go there" in caplog.text
+        assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == ["disk.raw", "other/disk.raw"]
+
+
+@pytest.mark.parametrize("flags", [["-q"], []])
+def test_errors_tell_disks_of_one_name_apart(tmp_path: Path, capsys: Capture, flags: list[str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "disk.qcow2").write_bytes(b"QFI\xfb" + bytes(100))
+    arguments = ["-O", "raw", "--recursive", "--directory", tmp_path / "out", tmp_path / "in"]
+    assert run(*flags, *arguments) == 1
+    errors = capsys.readouterr().err
+    for name in ("one", "two"):
+        assert f"vmconv: {tmp_path}/in/{name}/disk.qcow2: " in errors
+    assert "disk.qcow2: disk.qcow2" not in errors
 
 
 WRONG = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,14 @@ def _refuse(options: argparse.Namespace) -> None:
         raise UsageError("--in-place: a source that is converted already no longer exists")
 
 
+def _placed(outcome: Outcome) -> str:
+    """Returns the message with the path of its disk: messages have the last part, which other disks may have, too."""
+    if outcome.source in outcome.message or outcome.target in outcome.message:
+        return outcome.message
+    name = os.path.basename(outcome.source)
+    return f"{outcome.source}: {outcome.message.removeprefix(f'{name}: ')}"
+
+
 class _Lines:
     """Prints nothing but errors: the outcomes of `--quiet`."""
 
@@ -102,7 +111,7 @@ class _Lines:
 
     def ended(self, outcome: Outcome) -> None:
         if outcome.state in ("failed", "stopped"):
-            say(f"vmconv: {outcome.message}", to=sys.stderr)
+            say(f"vmconv: {_placed(outcome)}", to=sys.stderr)
             if outcome.hint:
                 say(f"  hint: {outcome.hint}", to=sys.stderr)
 

@@ -12,7 +12,7 @@ from vmconv.conversion.containers import new_name
 from vmconv.conversion.needed import is_done
 from vmconv.conversion.pipeline import run
 from vmconv.conversion.request import Request, Result
-from vmconv.errors import ExistsError, UsageError, VmconvError, os_errors
+from vmconv.errors import ExistsError, UsageError, VmconvError, os_errors, warn
 from vmconv.interface.arguments import Existing, Verify
 from vmconv.interface.scheme import is_url, parse_url, without_secrets
 from vmconv.io.faults import plugin_faults
@@ -51,13 +51,13 @@ def requests(
     """Returns one request per image: `common` with a target in `directory`, named after the image.
 
     With `recursive`, a directory among the sources stands for all images in its tree, and the targets are in a tree of
-    the same shape. Raises `UsageError` for directories without it, and for two images with one target.
+    the same shape; if `directory` lies in that tree, it is left out, with a warning. Raises `UsageError` for directories without it, and for two images with one target.
     """
     registry = installed()
     wanted = registry.writer(target_format)
     found: dict[str, Request] = {}
     for source in sources:
-        for path, below in _images(source, registry, common, recursive=recursive):
+        for path, below in _images(source, registry, common, directory if recursive else None):
             name = parse_url(path).name if is_url(path) else os.path.basename(path.rstrip("/"))
             target = os.path.normpath(os.path.join(directory, below, new_name(name, wanted, registry)))
             if target in found:
@@ -188,19 +188,22 @@ def _directories(path: str) -> Iterator[None]:
         raise
 
 
-def _images(source: str, registry: Registry, common: Request, *, recursive: bool) -> Iterator[tuple[str, str]]:
-    """Yields the images that a source stands for, each with its directory relative to the source."""
+def _images(source: str, registry: Registry, common: Request, left_out: str | None) -> Iterator[tuple[str, str]]:
+    """Yields the images that a source stands for, each with its directory relative to the source.
+
+    `left_out` is a directory whose images are not among them; with None, directories are refused.
+    """
     if not os.path.isdir(source) or _is_image(source, registry):
         yield source, ""
-    elif recursive:
-        yield from _images_below(source, registry, common)
+    elif left_out is not None:
+        yield from _images_below(source, registry, common, left_out)
     else:
         raise UsageError(f"{source}: is a directory", hint="--recursive converts the images in its tree")
 
 
-def _images_below(tree: str, registry: Registry, common: Request) -> Iterator[tuple[str, str]]:
+def _images_below(tree: str, registry: Registry, common: Request, left_out: str) -> Iterator[tuple[str, str]]:
     """Yields the images of a tree, without files that only hold the payload of another one. Follows no links."""
-    paths = list(_candidates(tree, registry))
+    paths = list(_candidates(tree, registry, os.path.realpath(left_out)))
     payload = _payload(paths, registry, common)
     for path in paths:
         status = os.lstat(path)
@@ -208,12 +211,17 @@ def _images_below(tree: str, registry: Registry, common: Request) -> Iterator[tu
             yield path, os.path.relpath(os.path.dirname(path), tree)
 
 
-def _candidates(tree: str, registry: Registry) -> Iterator[str]:
+def _candidates(tree: str, registry: Registry, left_out: str) -> Iterator[str]:
     def fail(exc: OSError) -> None:
         raise exc
 
     with os_errors("cannot be searched", VmconvError, where=tree):
         for directory, below, files in os.walk(tree, onerror=fail):
+            # What an earlier run has made there is no source of this one.
+            for name in [name for name in below if os.path.realpath(os.path.join(directory, name)) == left_out]:
+                below.remove(name)
+                if not os.path.islink(os.path.join(directory, name)):
+                    warn(f"{os.path.join(directory, name)}: is no source, because the targets go there")
             bundles = [name for name in below if _is_image(name, registry)]
             below[:] = sorted(name for name in below if name not in bundles)
             for name in sorted([*files, *bundles]):
