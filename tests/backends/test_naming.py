@@ -270,7 +270,7 @@ def test_a_command_that_misses_a_file_of_the_set_finishes_it(half: Path) -> None
 def test_recover_finishes_the_set_from_the_command_line(half: Path) -> None:
     command = [sys.executable, "-m", "vmconv", "recover", str(half / "disk.qcow2")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert (done.returncode, "the conversion is finished" in done.stdout) == (0, True)
+    assert (done.returncode, "the change is complete" in done.stdout) == (0, True)
     assert names(half) == {"disk.raw", *WORKS["fanout"].targets}
 
 

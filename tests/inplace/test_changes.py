@@ -240,7 +240,7 @@ def test_a_change_that_never_began_is_not_rolled_back(tmp_path: Path, directory:
 def test_names_in_between_are_not_taken(tmp_path: Path, directory: Directory, name: str) -> None:
     (tmp_path / name).write_bytes(b"somebody's")
     calls = Noting()
-    with pytest.raises(PlanError, match="is in the way of a conversion in place"):
+    with pytest.raises(PlanError, match="is in the way of a change in place"):
         begun(directory, calls).begin()
     assert (calls.log, (tmp_path / name).read_bytes()) == ([], b"somebody's")
 
@@ -284,7 +284,7 @@ def test_failed_storage_after_the_commit_reports_where_the_disk_is(
     one.begin()
     os.close(one.make("extra"))
     calls.at = len(calls.log) + after
-    with pytest.raises(BackendError, match="the conversion is committed and not complete: somewhere: ") as caught:
+    with pytest.raises(BackendError, match="the change is committed and not complete: somewhere: ") as caught:
         one.complete()
     assert one.committed
     where = WORK if after in {3, 11} else now
@@ -366,7 +366,7 @@ def test_a_name_that_appeared_is_replaced_only_on_request(tmp_path: Path, direct
         one.complete()
         assert (tmp_path / "new").read_bytes()[:2] == b"0X"
         return
-    with pytest.raises(BackendError, match="new: was created during the conversion, which is committed; the disk is"):
+    with pytest.raises(BackendError, match="new: was created during the change, which is committed; the disk is"):
         one.complete()
     assert (tmp_path / "new").read_bytes() == b"somebody's"
     one.close()
@@ -390,7 +390,7 @@ def test_an_exchanged_file_gets_no_name(tmp_path: Path, directory: Directory) ->
     one = begun(directory)
     one.begin()
     exchanged(tmp_path, WORK)
-    with pytest.raises(BackendError, match="is not the file that the conversion made"):
+    with pytest.raises(BackendError, match="is not the file that vmconv made"):
         one.complete()
     assert not (tmp_path / "new").exists()
     one.close()
@@ -449,7 +449,7 @@ def test_a_file_that_never_had_its_working_name_must_be_as_it_was(
         one.roll_back()
         assert disk.read_bytes() == BEFORE
     else:
-        with pytest.raises(BackendError, match="is not the file of the interrupted conversion"):
+        with pytest.raises(BackendError, match="is not the file of the interrupted change"):
             one.roll_back()
 
 

@@ -708,7 +708,7 @@ def test_a_command_that_meets_an_interrupted_conversion_takes_it_back(ext4_dir: 
     more = {"plan": [ext4_dir / "other.qcow2"], "compare": [disk]}.get(command, [])
     done = run_cli(command, disk, *more)
     assert done.returncode == 0, done.stderr
-    assert f"{disk}: a conversion in place was interrupted, and has been rolled back" in done.stderr
+    assert f"{disk}: a change in place was interrupted, and has been rolled back" in done.stderr
     assert names(ext4_dir) == {"disk.raw"}
     assert disk.read_bytes() == make_disk(ext4_dir / "again.raw", MIB).read_bytes()
 
@@ -808,7 +808,7 @@ def test_an_interrupted_conversion_is_recovered_by_any_of_its_names(ext4_dir: Pa
     interrupted(ext4_dir)
     done = run_cli("recover", ext4_dir / name)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{ext4_dir / 'disk.raw'}: is as it was before the conversion\n"
+    assert done.stdout == f"{ext4_dir / 'disk.raw'}: is as it was before the change\n"
     assert names(ext4_dir) == {"disk.raw"}
 
 
@@ -940,7 +940,7 @@ def test_storage_that_fails_after_the_commit_leaves_what_can_be_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(Syscalls, call, failing)
-        with pytest.raises(BackendError, match="the conversion is committed and not complete") as caught:
+        with pytest.raises(BackendError, match="the change is committed and not complete") as caught:
             in_place(disk, ext4_dir / "new.qcow2")
     assert caught.value.hint == f"vmconv recover {ext4_dir / 'new.qcow2'}"
     now = str(caught.value).partition("; the disk is ")[2].removesuffix(" now")
@@ -1063,7 +1063,7 @@ def grown(path: Path) -> None:
     [
         (written_by_qemu, "and modified at"),
         (Path.touch, "and modified at"),
-        (written_behind_the_clock, "its metadata differs from the conversion's"),
+        (written_behind_the_clock, "its metadata differs from what the change made"),
         (grown, "its size was"),
     ],
     ids=["written", "touched", "hidden", "grown"],
@@ -1083,7 +1083,7 @@ def test_an_image_that_was_only_read_is_undone(ext4_dir: Path, qemu_img: QemuImg
     qemu_img("check", disk)
     qemu_img("convert", "-O", "raw", disk, ext4_dir / "copy.raw")
     done = run_cli("undo", disk)
-    assert done.stdout == f"{ext4_dir / 'disk.raw'}: is as it was before the conversion\n"
+    assert done.stdout == f"{ext4_dir / 'disk.raw'}: is as it was before the change\n"
     qemu_img("compare", ext4_dir / "copy.raw", ext4_dir / "disk.raw")
     assert names(ext4_dir) == {"copy.raw", "disk.raw"}
 

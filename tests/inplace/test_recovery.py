@@ -75,7 +75,7 @@ def test_a_journal_that_is_removed_before_it_is_locked_is_another_run_s(
         real(descriptor, flags)
 
     monkeypatch.setattr(fcntl, "flock", removing)
-    with pytest.raises(AccessError, match=r"disk\.raw\.vmconv-journal: a conversion in place is running"):
+    with pytest.raises(AccessError, match=r"disk\.raw\.vmconv-journal: a change in place is running"):
         api.recover(str(disk))
 
 

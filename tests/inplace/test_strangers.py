@@ -176,7 +176,7 @@ def test_a_planted_journal_is_not_followed(ext4_dir: Path, plant: Callable[[Path
         assert "\n" not in str(caught.value)
         assert str(ext4_dir / "disk.raw") in str(caught.value)
     error = refused_by_name(disk, ext4_dir / "new.qcow2")
-    assert "is in the way of a conversion in place" in str(error)
+    assert "is in the way of a change in place" in str(error)
     assert f"vmconv recover {disk}" in str(error.hint)
     assert names(ext4_dir) == before
     assert disk.read_bytes() == kept

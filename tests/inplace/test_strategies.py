@@ -41,7 +41,7 @@ def test_a_file_with_a_working_name_is_reported_with_a_hint(ext4_dir: Path, name
     descriptor(make_disk(ext4_dir / "disk.raw", MIB))
     (ext4_dir / f"{name}{suffix}").write_bytes(b"somebody's")
     error = refused(ext4_dir / "front.vmdk", ext4_dir / "new.qcow2")
-    assert f"{name}{suffix}: is in the way of a conversion in place" in str(error)
+    assert f"{name}{suffix}: is in the way of a change in place" in str(error)
     assert f"vmconv recover {ext4_dir / name};" in str(error.hint)
 
 

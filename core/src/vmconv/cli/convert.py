@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
         return _run_stream(options, request)
     if options.if_needed and _is_done(options, request):
         return 0
-    return run_and_report(options, partial(run, request))
+    return run_and_report(options, partial(run, request), request)
 
 
 def _sources_and_target(names: Sequence[str]) -> Sequence[str]:

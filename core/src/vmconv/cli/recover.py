@@ -10,7 +10,7 @@ from vmconv.cli.verbs import Verb
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="the source or the target of the conversion, or its journal")
+    parser.add_argument("path", metavar="PATH", help="the source or the target of the change, or its journal")
     add_trust(parser, "a journal")
     add_output(parser)
 
@@ -32,14 +32,14 @@ def _run(options: argparse.Namespace) -> int:
 
 _STATES = {
     None: ("unchanged", "nothing to recover"),
-    True: ("after", "the conversion is finished"),
-    False: ("before", "is as it was before the conversion"),
+    True: ("after", "the change is complete"),
+    False: ("before", "is as it was before the change"),
 }
 
 
 VERB = Verb(
-    "Restores the disk after a conversion in place was killed or the power failed: to its old state, or, after the\n"
-    "commit, to the complete target.",
+    "Restores the disk after a conversion in place, a resize or another change was killed or the power failed: to its\n"
+    "old state, or, after the commit, to the complete target.",
     _configure,
     _run,
     """exit status:

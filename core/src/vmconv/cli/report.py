@@ -14,7 +14,7 @@ from vmconv.cli.output import say
 from vmconv.errors import printable
 
 if TYPE_CHECKING:
-    from vmconv.conversion.request import Result
+    from vmconv.conversion.request import Request, Result
     from vmconv.model.plan import Plan
 
 
@@ -37,10 +37,6 @@ def _steps(file: Any) -> dict[str, int]:
     return {action.name.lower(): file.steps.total(action) for action in Action}
 
 
-_WITHOUT_COPIES = (
-    "nothing is copied with --in-place, which turns SOURCE's own file into TARGET, and with -o subformat=reference of "
-    "qcow2 and vmdk, which leave payload in SOURCE"
-)
 _EVENT_SECONDS = 0.1
 _ESTIMATE_AFTER = 1.0
 
@@ -103,10 +99,10 @@ class _Events(_Silence):
 class _Words(_Silence):
     """Prints text: copies and their reasons, a progress bar, results."""
 
-    def __init__(self, *, bar: bool, details: bool, hints: bool) -> None:
+    def __init__(self, *, bar: bool, details: bool, request: Request | None) -> None:
         from vmconv.cli.output import ProgressBar
 
-        self._details, self._hints = details, hints
+        self._details, self._request = details, request
 
         self._bar = ProgressBar() if bar else None
         self._began, self._estimated = 0.0, False
@@ -114,7 +110,7 @@ class _Words(_Silence):
 
     def announce(self, plan: Plan) -> None:
         from vmconv.cli.output import size_text
-        from vmconv.interface.backend import CANNOT_SHARE
+        from vmconv.conversion.refusals import without_copies
         from vmconv.model.references import notes
 
         self._shared = shared_word(plan)
@@ -122,8 +118,8 @@ class _Words(_Silence):
             say(f"{plan.files[0].name}: {plan.files[0].size} bytes", to=sys.stderr)
         for copy in plan.copies:
             say(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", to=sys.stderr)
-        if self._hints and any(copy.reason.endswith(CANNOT_SHARE) for copy in plan.copies):
-            say(f"  hint: {_WITHOUT_COPIES}", to=sys.stderr)
+        if self._request and (hint := without_copies(self._request, plan)):
+            say(f"  hint: {hint}", to=sys.stderr)
         for loss in shown_losses(plan, details=self._details):
             say(f"not carried over: {loss}", to=sys.stderr)
         for note in (*plan.notes, *notes(plan.references, plan.directory)):
@@ -189,8 +185,8 @@ def _done(result: Result, shared: str) -> str:
     )
 
 
-def report_of(options: argparse.Namespace) -> _Silence:
-    """Returns the report in the style of the options."""
+def report_of(options: argparse.Namespace, request: Request | None = None) -> _Silence:
+    """Returns the report in the style of the options; with hints, if it is of the request of one conversion."""
     if options.output == "json":
         return _Events()
     if options.quiet:
@@ -198,13 +194,18 @@ def report_of(options: argparse.Namespace) -> _Silence:
     return _Words(
         bar=options.progress or sys.stderr.isatty(),
         details=options.verbose,
-        hints=getattr(options, "command", "") == "convert" and not options.in_place,
+        request=request,
     )
 
 
-def run_and_report(options: argparse.Namespace, convert: Callable[..., Sequence[Result]]) -> int:
-    """Calls `convert` and prints its plan, progress and results in the style of the options."""
-    report = report_of(options)
+def run_and_report(
+    options: argparse.Namespace, convert: Callable[..., Sequence[Result]], request: Request | None = None
+) -> int:
+    """Calls `convert` and prints its plan, progress and results in the style of the options.
+
+    `request` is that of one conversion: then hints say how to make it without copies.
+    """
+    report = report_of(options, request)
     try:
         results = convert(
             verify=options.verify,

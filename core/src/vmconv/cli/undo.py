@@ -10,7 +10,9 @@ from vmconv.cli.verbs import Verb
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="the target of a conversion with --in-place --keep-undo")
+    parser.add_argument(
+        "file", metavar="FILE", help="what a change with --keep-undo has made, such as a conversion in place"
+    )
     add_trust(parser, "an undo file")
     add_output(parser)
 
@@ -31,12 +33,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.output == "json":
         print_json({"event": "result", "path": named, "state": "before"})
     else:
-        say(f"{named}: is as it was before the conversion")
+        say(f"{named}: is as it was before the change")
     return 0
 
 
 VERB = Verb(
-    "Restores the old container byte for byte, if it was converted with --keep-undo and the new one was not\n"
+    "Restores the old container byte for byte, if it was changed with --keep-undo and the new one was not\n"
     "written to since. Leaves payload in place.",
     _configure,
     _run,

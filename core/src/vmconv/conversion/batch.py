@@ -51,7 +51,9 @@ def requests(
     """Returns one request per image: `common` with a target in `directory`, named after the image.
 
     With `recursive`, a directory among the sources stands for all images in its tree, and the targets are in a tree of
-    the same shape; if `directory` lies in that tree, it is left out, with a warning. Raises `UsageError` for directories without it, and for two images with one target.
+    the same shape; if `directory` lies in that tree, it is left out, with a warning.
+
+    Raises `UsageError` for directories without `recursive`, and for two images with one target.
     """
     registry = installed()
     wanted = registry.writer(target_format)

@@ -318,7 +318,7 @@ def run(
         with prepared(request, *others) as ready:
             for conversion in ready.conversions:
                 refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
-            refuse_too_large(ready.plan)
+            refuse_too_large(ready.plan, None if others else request)
             _refuse_unverifiable(ready, verify_mode(verify))
             if examine:
                 examine(ready)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vmconv.backends import targets
 from vmconv.errors import AccessError, ExistsError, PlanError, UsageError, ZeroCopyError
+from vmconv.interface.backend import CANNOT_SHARE
 from vmconv.io.directory import Directory
 from vmconv.model.extents import MAX_SIZE
 from vmconv.model.plan import Plan
@@ -16,6 +17,7 @@ from vmconv.model.sources import File
 
 if TYPE_CHECKING:
     from vmconv.conversion.containers import Container
+    from vmconv.conversion.request import Request
     from vmconv.interface.format import Format
     from vmconv.io.registry import Registry
     from vmconv.machine.request import MachinePlan
@@ -121,8 +123,11 @@ def _is_one_of(there: os.stat_result, files: Sequence[File]) -> bool:
     return any((file.stamp.device, file.stamp.inode) == (there.st_dev, there.st_ino) for file in files)
 
 
-def refuse_too_large(plan: Plan) -> None:
-    """Raises `PlanError` if the filesystem has too little space, instead of failing after hours of copying."""
+def refuse_too_large(plan: Plan, request: Request | None = None) -> None:
+    """Raises `PlanError` if the filesystem has too little space, instead of failing after hours of copying.
+
+    `request` is that of a conversion, for a hint of a way without copies.
+    """
     need = plan.totals.copied + plan.totals.written + sum(file.filled for file in plan.files)
     if plan.destination == "device" or not os.path.isdir(plan.directory):
         return
@@ -132,8 +137,24 @@ def refuse_too_large(plan: Plan) -> None:
     if space.f_blocks and need > free:
         raise PlanError(
             f"{plan.directory}: {need} bytes would have to be written, {free} are free",
-            hint="--in-place needs space for metadata only; -o subformat=reference of qcow2 and vmdk refers to SOURCE",
+            hint="--in-place needs space for metadata only; -o subformat=reference of qcow2 and vmdk refers to SOURCE"
+            if request and request.can_leave_payload and _copies_for_want_of_sharing(plan)
+            else None,
         )
+
+
+def _copies_for_want_of_sharing(plan: Plan) -> bool:
+    return any(copy.reason.endswith(CANNOT_SHARE) for copy in plan.copies)
+
+
+def without_copies(request: Request, plan: Plan) -> str | None:
+    """Returns the hint how to convert without the copies of a plan; None if there is no such way."""
+    if not (request.can_leave_payload and _copies_for_want_of_sharing(plan)):
+        return None
+    return (
+        "nothing is copied with --in-place, which turns SOURCE's own file into TARGET, and with -o subformat=reference "
+        "of qcow2 and vmdk, which leave payload in SOURCE"
+    )
 
 
 def refuse_changed(files: Sequence[File]) -> None:

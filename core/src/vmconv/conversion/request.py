@@ -11,7 +11,7 @@ from vmconv.errors import UsageError
 from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, Mode, WriterOptions, ZeroCopy
 from vmconv.interface.backend import ObjectBackend
-from vmconv.interface.scheme import is_url, without_secrets
+from vmconv.interface.scheme import STANDARD_INPUT, is_url, without_secrets
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
 from vmconv.model.options import parse_options
@@ -184,6 +184,14 @@ class Request(NamedTuple):
     def is_part(self) -> bool:
         """True if the target is a part of the source's disk."""
         return self.offset != 0 or self.length is not None
+
+    @property
+    def can_leave_payload(self) -> bool:
+        """True if the same could be asked for in place, or by reference: of a whole disk, into a file, as it is."""
+        changes = self.blank is not None or self.compress or self.decompress or self.target_secret or self.sparse
+        chooses = self.is_part or self.more_sources or self.snapshot is not None or self.from_snapshot is not None
+        elsewhere = self.in_place or self.no_create or not self.is_local or is_url(self.source)
+        return not (changes or chooses or elsewhere or self.source == STANDARD_INPUT)
 
     def _refuse_part(self) -> None:
         """Raises `UsageError` for a part of the disk where the target holds all of it."""

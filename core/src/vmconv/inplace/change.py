@@ -76,8 +76,8 @@ class Change(Journalled):
         for name in (self.entry, self.working, *map(self.beside, self.journal.made)):
             if self.directory.has(name):
                 raise PlanError(
-                    f"{self.directory.join(name)}: is in the way of a conversion in place",
-                    hint=f"if a conversion was interrupted: vmconv recover {self.source}; else move it away",
+                    f"{self.directory.join(name)}: is in the way of a change in place",
+                    hint=f"if a change was interrupted: vmconv recover {self.source}; else move it away",
                 )
 
     def make(self, name: str) -> int:
@@ -96,7 +96,7 @@ class Change(Journalled):
                 self.finish()
             except OSError as exc:
                 raise BackendError(
-                    f"{self.target}: the conversion is committed and not complete: {_where(exc)}{exc.strerror}; "
+                    f"{self.target}: the change is committed and not complete: {_where(exc)}{exc.strerror}; "
                     f"{self._whereabouts()}",
                     hint=f"vmconv recover {self.target}",
                 ) from exc
@@ -198,8 +198,7 @@ class Change(Journalled):
             self.calls.rename(self.directory, old, new, replace=self.journal.replace)
         except FileExistsError as exc:
             raise BackendError(
-                f"{self.directory.join(new)}: was created during the conversion, which is committed; "
-                f"{self._whereabouts()}",
+                f"{self.directory.join(new)}: was created during the change, which is committed; {self._whereabouts()}",
                 hint=f"move it away, then vmconv recover {self.source}",
             ) from exc
 
@@ -211,7 +210,7 @@ class Change(Journalled):
             known = known and os.path.samestat(status, os.fstat(self.descriptor))
         if not known:
             raise BackendError(
-                f"{self.directory.join(name)}: is not the file that the conversion made; another process replaced it",
+                f"{self.directory.join(name)}: is not the file that vmconv made; another process replaced it",
                 hint=f"find the original file, give it this name again, then vmconv recover {self.source}",
             )
 
@@ -260,7 +259,7 @@ class Change(Journalled):
             self.calls.rename(self.directory, self.working, self.journal.source, replace=False)
         except FileExistsError as exc:
             raise BackendError(
-                f"{self.source}: was created during the conversion",
+                f"{self.source}: was created during the change",
                 hint=f"move it away, then vmconv recover {self.directory.join(self.working)}",
             ) from exc
 
@@ -275,7 +274,7 @@ class Change(Journalled):
 
     def _lost(self, name: str) -> BackendError:
         return BackendError(
-            f"{self.directory.join(name)}: is not the file of the interrupted conversion",
+            f"{self.directory.join(name)}: is not the file of the interrupted change",
             hint=f"give the file its working name again, {self.directory.join(self.working)}; "
             f"or, if it is good as it is, remove {self.directory.join(self.entry)}",
         )

@@ -144,7 +144,7 @@ class Fields:
         if not isinstance(value, str) or not _is_plain(value):
             self.refuse(name, value, "the name of a file in the same directory")
         if value in but:
-            self.refuse(name, value, "another file than those of the conversion itself")
+            self.refuse(name, value, "another file than those of the change itself")
         return value
 
     def counts(self, name: str, columns: Mapping[str, int]) -> dict[str, int]:

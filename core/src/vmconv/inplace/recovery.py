@@ -64,7 +64,7 @@ def settle_disk(path: str) -> None:
     done = recover_if_own(path)
     if done is None:
         return
-    what = f"a conversion in place was interrupted, and has been {'completed' if done.forward else 'rolled back'}"
+    what = f"a change in place was interrupted, and has been {'completed' if done.forward else 'rolled back'}"
     if not os.path.lexists(path):
         raise AccessError(f"{path}: is {done.path} now: {what}")
     # A warning of the command and not of the image, which is fine now.
@@ -210,7 +210,7 @@ def locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
             raise BlockingIOError
         yield descriptor
     except BlockingIOError as exc:
-        raise AccessError(f"{directory.join(entry)}: a conversion in place is running") from exc
+        raise AccessError(f"{directory.join(entry)}: a change in place is running") from exc
     finally:
         linux.close(descriptor)
 
@@ -263,4 +263,4 @@ def _refuse_exchanged(path: str, descriptor: int, owner: int | None) -> None:
     """Raises `AccessError` if the file under the working name belongs to another user than the journal says."""
     uid = os.fstat(descriptor).st_uid
     if owner is not None and uid != owner:
-        raise AccessError(f"{path}: belongs to user {uid}, the file that was being converted to {owner}")
+        raise AccessError(f"{path}: belongs to user {uid}, the file that was being changed to {owner}")

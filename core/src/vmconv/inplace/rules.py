@@ -104,7 +104,7 @@ def refuse_leftovers(directory: Directory, own: Iterable[Own]) -> None:
         for other in (beside(name, JOURNAL), beside(name, WORKING)):
             if directory.has(other):
                 raise PlanError(
-                    f"{directory.join(other)}: is in the way of a conversion in place",
+                    f"{directory.join(other)}: is in the way of a change in place",
                     hint=f"if one was interrupted: vmconv recover {directory.join(name)}; else move it away",
                 )
 

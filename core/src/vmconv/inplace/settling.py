@@ -28,7 +28,7 @@ def refuse_interrupted(path: str) -> None:
     directory, name = os.path.split(path)
     if is_interrupted(path) or os.path.lexists(os.path.join(directory, beside(name, GROUP))):
         raise AccessError(
-            f"{path}: a conversion in place is running or was interrupted", hint="vmconv recover, on its own machine"
+            f"{path}: a change in place is running or was interrupted", hint="vmconv recover, on its own machine"
         )
 
 

@@ -101,7 +101,7 @@ class InPlaceTransaction(Transaction):
     def prepare(self, plan: Plan) -> None:
         """Begins the change: writes the journal and gives the file its working name."""
         if self.carrier.changed():
-            raise AccessError(f"{self.carrier.name}: changed while it was being converted")
+            raise AccessError(f"{self.carrier.name}: changed while the command ran")
         main = space.carrier_plan(plan, self.carrier)
         self._main = main
         others = tuple(file.name for file in plan.files if file is not main)

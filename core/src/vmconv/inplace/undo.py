@@ -55,7 +55,7 @@ def undo(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> st
         if not directory.has(entry):
             raise AccessError(
                 f"{path}: there is no {directory.join(entry)}",
-                hint="only a conversion with --keep-undo makes one",
+                hint="only a change with --keep-undo makes one",
             )
         descriptor = ownership.opened(directory, entry)
         stack.callback(linux.close, descriptor)
@@ -114,7 +114,7 @@ def _refuse_changed(file: File, found: Undo, stamp: Stamp) -> None:
     elif now.mtime != stamp.mtime:
         problem = f"it was made at {_time(stamp.mtime)} and modified at {_time(now.mtime)}"
     elif now.digest != stamp.digest:
-        problem = "its metadata differs from the conversion's"
+        problem = "its metadata differs from what the change made"
     if problem:
         raise PlanError(
             f"{file.path}: cannot be undone: {problem}",
