@@ -16,6 +16,7 @@ the target is renamed into place, the journal identifies its file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -77,15 +78,23 @@ def _done(task: Task, journal: JobJournal) -> int:
     except _Stopped:
         return 143
     except VmconvError as exc:
-        emit("error", message=str(exc), hint=_hint(exc))
+        emit("error", message=str(exc), hint=_mounting(exc) or _hint(exc))
         return 1
     except OSError as exc:
-        emit("error", message=printable(f"{exc.filename or 'storage'}: {exc.strerror or exc}"), hint=None)
+        emit("error", message=printable(f"{exc.filename or 'storage'}: {exc.strerror or exc}"), hint=_mounting(exc))
         return 1
     except Exception as exc:
         emit("error", message=printable(f"internal error: {type(exc).__name__}: {exc}"), hint=None)
         return 1
     return 0
+
+
+def _mounting(exc: Exception) -> str | None:
+    """Returns the hint of a job whose filesystem is served by a process that has ended."""
+    cause = exc if isinstance(exc, OSError) else exc.__cause__
+    if isinstance(cause, OSError) and cause.errno == errno.ENOTCONN:
+        return "what serves this mount has ended: mount it again"
+    return None
 
 
 def _hint(exc: VmconvError) -> str | None:
