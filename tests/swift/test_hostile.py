@@ -13,9 +13,9 @@ import pytest
 import vmconv
 from support.containers import MIB, Container, publish, unpublish
 from support.swift import CLOUD
-from vmconv.errors import ImageError, VmconvError
+from vmconv.errors import ImageError, ReadError, VmconvError
 from vmconv_swift import manifest
-from vmconv_swift.client import Client
+from vmconv_swift.client import Client, _rows
 from vmconv_swift.cloud import cloud_of
 from vmconv_swift.manifest import body_of, etag_of, parsed, windows_of
 from vmconv_swift.names import ObjectName
@@ -55,6 +55,38 @@ def test_a_manifest_without_sense_is_an_error(rows: Any) -> None:
 def test_deep_json_is_an_error() -> None:
     with pytest.raises(ImageError):
         parsed(b"[" * 100000, "swift://cloud/c/object")
+
+
+ENTRY = {"name": "o", "bytes": 10, "hash": ETAG, "last_modified": "2026-11-30T10:00:00.000000"}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        1,
+        [1],
+        [ENTRY | {"bytes": -1}],
+        [ENTRY | {"bytes": 1 << 70}],
+        [ENTRY | {"bytes": 1e400}],
+        [ENTRY | {"last_modified": "yesterday"}],
+        [ENTRY | {"last_modified": 5}],
+        [{"subdir": "x/"}],
+    ],
+    ids=str,
+)
+def test_a_listing_without_sense_is_an_error(rows: Any) -> None:
+    with pytest.raises(ReadError, match="listing cannot be understood"):
+        _rows(json.dumps(rows).encode(), "swift://cloud/c")
+
+
+def test_a_listing_states_the_etags_of_objects() -> None:
+    plain, large = _rows(json.dumps([ENTRY, ENTRY | {"slo_etag": f'"{"f" * 32}"'}]).encode(), "swift://cloud/c")
+    assert (plain.etag, large.etag) == (ETAG, "f" * 32)
+
+
+def test_a_deep_listing_is_an_error() -> None:
+    with pytest.raises(ReadError, match="listing cannot be understood"):
+        _rows(b"[" * 100000, "swift://cloud/c")
 
 
 class Store:

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from hashlib import md5
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from vmconv.plugin import AccessError, BackendError, ReadError
+from vmconv.plugin import MAX_SIZE, AccessError, BackendError, ReadError
 from vmconv_swift.cloud import cloud_of
 from vmconv_swift.names import ObjectName
 
@@ -398,8 +398,11 @@ def _rows(content: bytes, said: str) -> list[Entry]:
             modified = datetime.fromisoformat(row["last_modified"]).replace(tzinfo=UTC).timestamp()
             # Of a large object `hash` is the MD5 of its manifest.
             etag = str(row.get("slo_etag") or row["hash"]).strip('"')
-            rows.append(Entry(str(row["name"]), int(row["bytes"]), modified, etag))
-    except (ValueError, KeyError, TypeError) as exc:
+            size = int(row["bytes"])
+            if not 0 <= size <= MAX_SIZE:
+                raise ValueError(f"{size} bytes")
+            rows.append(Entry(str(row["name"]), size, modified, etag))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
         raise ReadError(f"{said}: its listing cannot be understood") from exc
     return rows
 
