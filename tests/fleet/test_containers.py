@@ -16,9 +16,12 @@ import pytest
 
 import vmconv
 from fleet.in_memory import Node, nodes
+from fleet.serving import served
 from support.containers import Container, publish
 from support.disks import MIB, QemuImg, make_disk
 from support.swift import CLOUD, KEY, OTHER_KEY, OTHER_USER, USER, Swift
+from vmconv.cli.main import main
+from vmconv.testing.disks import random_bytes
 from vmconv_fleet.catalogue import containers
 from vmconv_fleet.catalogue.appointing import converters
 from vmconv_fleet.catalogue.containers import ContainerNote, ContainerScan, container_at, refuse_unless_owned
@@ -37,15 +40,21 @@ DISKS = ("a.raw", "b.raw", "sub/c.raw", "sub/d.raw")
 AGAIN = "another-name"
 """What the other node calls the cloud."""
 STRANGER = "another-account"
-METADATA = 6 * MIB
-"""More than a publication of such a disk sends without payload."""
+MISTAKEN = "another-password"
+METADATA = 3 * MIB // 2
+"""More than a publication of such a disk sends besides payload: metadata of 1 MiB at least, and manifests twice."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def clouds(swift: Swift, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One configuration with the account by two names, and another account."""
     path = tmp_path_factory.mktemp("clouds") / "clouds.yaml"
-    accounts = {CLOUD: (USER, KEY), AGAIN: (USER, KEY), STRANGER: (OTHER_USER, OTHER_KEY)}
+    accounts = {
+        CLOUD: (USER, KEY),
+        AGAIN: (USER, KEY),
+        STRANGER: (OTHER_USER, OTHER_KEY),
+        MISTAKEN: (USER, f"not-{KEY}"),
+    }
     found = {
         name: {
             "auth_type": "v1password",
@@ -79,6 +88,18 @@ def filled(container: Container, tmp_path: Path) -> Container:
         assert publish("-q", local, container.url(name)) == 0
     container.received()
     return container
+
+
+class Sent:
+    """What the store has received from clients since this was made, bytes: of payload, and of all else."""
+
+    def __init__(self, container: Container) -> None:
+        self._swift, self._before = container.swift, len(container.swift.logged())
+
+    def bytes(self) -> tuple[int, int]:
+        new = [one for one in self._swift.logged()[self._before :] if one.source == "-"]
+        payload = sum(one.received for one in new if "/payload/" in one.path or "/encoded/" in one.path)
+        return payload, sum(one.received for one in new) - payload
 
 
 def url(container: Container, cloud: str = CLOUD) -> str:
@@ -246,6 +267,7 @@ def test_hostile_names_hide_nothing(filled: Container) -> None:
 
 def test_objects_name_no_others(filled: Container, tmp_path: Path, qemu_img: QemuImg) -> None:
     child = tmp_path / "child.qcow2"
+    make_disk(tmp_path / "a.raw", 4 * MIB)
     qemu_img("create", "-f", "qcow2", "-u", "-b", "a.raw", "-F", "raw", child, "4M")
     filled.put("child.qcow2", child.read_bytes())
     filled.put(
@@ -253,7 +275,11 @@ def test_objects_name_no_others(filled: Container, tmp_path: Path, qemu_img: Qem
         b'# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
         b'RW 8192 FLAT "a.raw" 0\n',
     )
+    # What a guest may have written is no disk, whatever it begins with.
+    vmconv.convert(str(child), str(tmp_path / "guest.vmdk"))
+    filled.put("web-flat.vmdk", (tmp_path / "guest.vmdk").read_bytes())
     found = records(filled)
+    assert "web-flat.vmdk" in found["web-flat.vmdk"]["problem"]
     for name in ("child.qcow2", "flat.vmdk"):
         assert found[name]["problem"] == f"{name}: names 'a.raw', and a disk in a container is one object"
 
@@ -322,6 +348,7 @@ def test_very_many_objects_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ("path", "problem"),
     [
         ("swift://none/images", "swift://none"),
+        (f"swift://{MISTAKEN}/images", f"swift://{MISTAKEN}"),
         (f"swift://{CLOUD}/none", "there is no such container"),
         (f"swift://{CLOUD}/images_vmconv", "is vmconv's own"),
         ("http://127.0.0.1/images", "has no containers of objects"),
@@ -385,18 +412,19 @@ def test_the_owner_converts_without_sending_payload(pair: Sequence[Node], filled
     stores = [one.body_when(node.id, "datastore", "ds", lambda store: "owner" in store.body).body for node in pair]
     assert [store["owner"] for store in stores] == [one.id, one.id]
     assert stores[0]["storage"] == stores[1]["storage"]
-    filled.received()
+    sent = Sent(filled)
     wish = {"disk": disk_id("ds", "sub/c.raw"), "format": "qcow2", "zero_copy": "require"}
     assert ask(one, one, "convert", **wish, dry_run=True, job="plan").body["ok"]
     plan = one.body_when(one.id, "job", "plan", lambda record: bool(record.body.get("ended_ms"))).body
     assert (plan["state"], plan["file"], plan["plan"]["copied"]) == ("planned", "c.qcow2", 0)
     assert plan["plan"]["source"]["parts"]
-    assert filled.received() == 0
+    assert sent.bytes() == (0, 0)
     assert ask(one, one, "convert", **wish, job="made").body["ok"]
     body = ended(one, one, "made")
     assert (body["state"], body["plan"]["backend"], body["plan"]["copied"]) == ("done", "swift", 0), body
     assert body["plan"]["shared"] == plan["plan"]["shared"] > MIB
-    assert filled.received() < METADATA
+    payload, rest = sent.bytes()
+    assert (payload, rest < METADATA) == (0, True)
     read = json.dumps({"driver": "qcow2", "file": {"driver": "http", "url": filled.http("sub/c.qcow2")}})
     source = json.dumps({"driver": "raw", "file": {"driver": "http", "url": filled.http("sub/c.raw")}})
     assert "identical" in qemu_img("compare", f"json:{source}", f"json:{read}").stdout
@@ -457,7 +485,7 @@ def test_both_convert_at_the_same_time(pair: Sequence[Node], filled: Container) 
     one, other = pair
     assert ask(one, one, "datastore-appoint", name="ds", nodes=[other.id]).body["ok"]
     other.until(lambda: len(converters(other.service.view(), one.id, "ds")) == 2)
-    filled.received()
+    sent = Sent(filled)
     for number, name in enumerate(DISKS):
         target = pair[number % 2]
         of = {} if target is one else {"of": one.id}
@@ -467,12 +495,68 @@ def test_both_convert_at_the_same_time(pair: Sequence[Node], filled: Container) 
         body = ended(one, pair[number % 2], f"job-{number}")
         assert (body["state"], body["plan"]["backend"], body["plan"]["copied"]) == ("done", "swift", 0), body
         assert KEY not in json.dumps(dict(body))
-    assert filled.received() < len(DISKS) * METADATA
+    payload, rest = sent.bytes()
+    assert (payload, rest < len(DISKS) * METADATA) == (0, True)
     # The owner lists what the other has made.
     one.until(lambda: one.service.view().count("disk", one.id) == 2 * len(DISKS))
     assert one.service.view().count("disk", other.id) == 0
     for name in DISKS:
         assert vmconv.compare(filled.url(name), filled.url(name.replace("raw", "vmdk")))
+
+
+def test_payload_of_others_is_copied_with_the_reason_or_not_at_all(pair: Sequence[Node], filled: Container) -> None:
+    one, _ = pair
+    filled.put("uploaded.raw", random_bytes(MIB, 7))
+    assert ask(one, one, "scan").body["ok"]
+    one.until(lambda: "uploaded.raw" in listed(one))
+    sent = Sent(filled)
+    wish: dict[str, Any] = {"disk": disk_id("ds", "uploaded.raw"), "format": "qcow2"}
+    assert ask(one, one, "convert", **wish, zero_copy="require", job="never").body["ok"]
+    assert ended(one, one, "never")["state"] == "failed"
+    assert sent.bytes() == (0, 0)
+    assert "uploaded.qcow2" not in filled.names()
+    assert ask(one, one, "convert", **wish, job="copied").body["ok"]
+    body = ended(one, one, "copied")
+    assert (body["state"], body["plan"]["copied"]) == ("done", MIB)
+    assert filled.name in body["plan"]["copies"][0]["reason"]
+    assert sent.bytes()[0] == MIB
+    assert vmconv.compare(filled.url("uploaded.raw"), filled.url("uploaded.qcow2"))
+
+
+def test_the_command_line(
+    pair: Sequence[Node], filled: Container, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = pair
+    monkeypatch.setenv("VMCONV_NODE", str(one.directory))
+
+    def run(*arguments: str, code: int = 0) -> str:
+        assert main(["fleet", *arguments]) == code, capsys.readouterr()
+        said = capsys.readouterr()
+        return said.out + (said.err if code else "")
+
+    with served(one):
+        for bad in ("swift://user:secret@cloud/images", f"swift://{CLOUD}/a/b", f"swift://{CLOUD}/images?key=secret"):
+            assert "SCHEME://STORE/CONTAINER" in (said := run("datastore", "add", "bad", bad, code=2))
+            assert "secret" not in said
+        for kind in ("request", "response", "transaction"):
+            assert not any("secret" in json.dumps(dict(record.body)) for record in one.service.view().find(kind))
+        said = run("datastore", "add", "more", f"swift://{CLOUD}/none")
+        assert said == f"datastore more is swift://{CLOUD}/none\n"
+        one.body_when(one.id, "datastore", "more", lambda store: "problem" in store.body)
+        assert "there is no such container" in run("datastores")
+        run("datastore", "remove", "more")
+        row = next(line.split() for line in run("datastores").splitlines() if line.startswith("n01"))
+        assert row == ["n01", "ds", "swift", "yes", "-", "4", url(filled)]
+        run("datastore", "appoint", "ds", "--nodes", other.id)
+        one.until(lambda: len(converters(one.service.view(), one.id, "ds")) == 2)
+        chosen = ("--select", "datastore=ds and format=raw", "--to", "vhdx", "--max-parallel", "2")
+        assert "copied 0 B" in run("convert", *chosen, "--zero-copy", "require", "--dry-run")
+        run("convert", *chosen, "--zero-copy", "require", "--follow", "--yes")
+    jobs = [job for node in pair for job in one.service.view().find("job", node.id) if not job.body["dry_run"]]
+    assert sorted(job.owner for job in jobs) == [one.id, one.id, other.id, other.id]
+    assert {job.body["state"] for job in jobs} == {"done"}
+    for name in DISKS:
+        assert vmconv.compare(filled.url(name), filled.url(name.replace("raw", "vhdx")))
 
 
 # -- a node that is killed
