@@ -255,6 +255,7 @@ def test_forms_from_elsewhere_are_refused(entered: Desk) -> None:
         (f"/nodes/{other}/scan", {}),
         (f"/datastores/{other}/ds/scan", {}),
         (f"/datastores/{other}/ds/remove", {}),
+        (f"/datastores/{other}/ds/appoint", {"nodes": ""}),
         (f"/policies/{other}", {"max_parallel": "7"}),
         ("/tokens", {"label": "x", "role": "admin", "once": "0" * 16}),
     ]

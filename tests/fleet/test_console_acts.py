@@ -165,6 +165,75 @@ def test_a_new_token_is_shown_once(entered: Desk) -> None:
     assert entered.api.local.get(f"/api/v1/records/{made['owner']}/token/{made['id']}")["body"]["revoked"]
 
 
+STORAGE = "5" * 32
+
+
+def share(desk: Desk, *converters: str) -> str:
+    """Lets both nodes have a datastore on one storage, the other one's; returns the address of its page."""
+    held = {"path": "/srv/shared", "storage": STORAGE, "owner": desk.other.id}
+    desk.here.write(Change("datastore", "mine", held))
+    desk.other.write(Change("datastore", "shared", {**held, "converters": list(converters)}))
+    desk.here.body_when(desk.other.id, "datastore", "shared", lambda _one: True)
+    return f"/datastores/{desk.other.id}/shared"
+
+
+def converters_of(desk: Desk) -> list[str]:
+    record = desk.other.service.view().get(desk.other.id, "datastore", "shared")
+    assert record
+    found: list[str] = record.body["converters"]
+    return found
+
+
+def test_a_node_is_appointed_and_withdrawn(entered: Desk) -> None:
+    gone = "3" * 32
+    entered.go(share(entered, gone))
+    assert f"{gone[:8]}, which does not see it" in entered.text("#facts")
+    entered.page.check("#appoint label:has-text('n01') input")
+    entered.page.click("text=Change who converts")
+    assert f"n02, {gone[:8]} and n01 convert the disks of shared." in entered.text()
+    assert converters_of(entered) == [gone]
+    entered.page.click("button:text-is('Change who converts')")
+    entered.page.wait_for_selector(".banner.said:has-text('Done')")
+    assert converters_of(entered) == [entered.here.id, gone]
+    assert "n01" in entered.text("#facts")
+    for box in entered.page.locator("#appoint input").all():
+        box.uncheck()
+    entered.page.click("text=Change who converts")
+    assert "Only n02 converts the disks of shared." in entered.text()
+    assert "will begin no conversion there; what runs is finished." in entered.text()
+    entered.page.click("button:text-is('Change who converts')")
+    entered.page.wait_for_selector(".banner.said:has-text('Done')")
+    assert converters_of(entered) == []
+    entered.page.click("text=Change who converts")
+    assert "Nothing is changed" in entered.text("body")
+
+
+def test_only_nodes_that_see_a_storage_are_appointed(entered: Desk) -> None:
+    path = share(entered)
+    entered.go(f"{path}/appoint?node={'4' * 32}")
+    assert "does not see this storage" in entered.text("body")
+    for name in ("ds", "mine"):
+        entered.go(f"/datastores/{(entered.here if name == 'mine' else entered.other).id}/{name}")
+        assert entered.page.locator("#appoint").count() == 0
+    entered.go(f"/datastores/{entered.other.id}/ds/appoint")
+    assert "no other node sees the storage of ds" in entered.text("body")
+
+
+@pytest.mark.parametrize("datastore", ["n02:ds", "n02:shared"])
+def test_who_may_not_appoint_sees_no_form(desk: Desk, datastore: str) -> None:
+    path = share(desk)
+    desk.go("/login")
+    desk.page.fill("#token", desk.api.token("admin", datastores=[datastore])["token"])
+    desk.page.click("text=Enter")
+    desk.page.wait_for_selector("h1:has-text('Nodes')")
+    may = datastore == "n02:shared"
+    desk.go(path)
+    assert desk.page.locator("#appoint").count() == may
+    desk.go(f"{path}/appoint?node={desk.here.id}")
+    assert ("needs the role admin" in desk.text("body")) is not may
+    assert desk.page.locator("form.confirm").count() == may
+
+
 @pytest.mark.parametrize(
     ("query", "said"),
     [
@@ -399,6 +468,9 @@ def test_on_a_phone_all_pages_and_failures_can_be_reached(entered: Desk, scheme:
         "Webhooks",
     ):
         _is_within(entered, f"nav a:text-is('{name}')")
+    entered.go(share(entered, "3" * 32))
+    for selector in ("#appoint button", "#appoint label", "#appoint label:last-of-type"):
+        _is_within(entered, selector)
     for path, failure in (("/disks", "no signature at 0x0"), ("/jobs", EVIL), ("/", EVIL)):
         entered.go(path)
         _is_within(entered, f".bad:has-text({failure!r})" if failure != EVIL else ".bad:has-text('owned')")

@@ -51,7 +51,7 @@ def asking(act: Act) -> Callable[[Visit], Response]:
     """Returns the page that asks before the act."""
 
     def page(visit: Visit) -> Response:
-        record = _record(visit, act.kind)
+        record = recorded(visit, act.kind)
         given = act.arguments(record)
         refuse_unless_allowed(
             act.verb, record.owner, visit.caller.by, visit.snapshot.view, visit.snapshot.now_ms, arguments=given
@@ -67,7 +67,7 @@ def doing(act: Act) -> Callable[[Request], Any]:
     async def do(request: Request) -> Response:
         visit, form = visit_of(request), await form_of(request)
         refuse_forged(visit, form)
-        record = await run_in_threadpool(_record, visit, act.kind)
+        record = await run_in_threadpool(recorded, visit, act.kind)
         back = (await run_in_threadpool(act.ask, visit, record)).back
         return await sent(visit, record.owner, act.verb, act.arguments(record), back)
 
@@ -89,7 +89,8 @@ def words(answer: Answer) -> str:
     return f"Done, transaction {answer.transaction}" if answer.ok else f"Refused: {answer.reason}"
 
 
-def _record(visit: Visit, kind: str) -> Record:
+def recorded(visit: Visit, kind: str) -> Record:
+    """Returns the record in the page's address. Raises NotHereError without one."""
     owner = visit.request.path_params["owner"]
     identifier = visit.request.path_params.get("id", owner)
     record = visit.snapshot.view.get(owner, kind, identifier)

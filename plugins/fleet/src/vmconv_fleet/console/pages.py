@@ -18,7 +18,7 @@ from vmconv_fleet.catalogue import kinds
 from vmconv_fleet.catalogue.kinds import Body
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.catalogue.summaries import conversion
-from vmconv_fleet.console import confirming, converting, forms, governing, lists, webhooks
+from vmconv_fleet.console import appointing, confirming, converting, forms, governing, lists, webhooks
 from vmconv_fleet.console.lists import bodies
 from vmconv_fleet.console.signin import SIGN_IN, SignIn, login_page
 from vmconv_fleet.console.web import Visit, failed, visit_of
@@ -201,6 +201,8 @@ def _datastore(visit: Visit) -> Response:
         vm_total=vms.total,
         jobs=_jobs_of(snapshot, record.owner, jobs)[:_FIRST],
         selection=f"node={record.owner} and datastore={record.id}",
+        others=appointing.others(visit, record),
+        may_appoint=appointing.may_appoint(visit, record),
     )
 
 
@@ -222,6 +224,7 @@ _PAGES: dict[str, Show] = {
     "/nodes/{owner}": _node,
     "/datastores": lists.datastores,
     "/datastores/{owner}/{id}": _datastore,
+    "/datastores/{owner}/{id}/appoint": appointing.review,
     "/disks": lists.disks,
     "/disks/{owner}/{id}": _disk,
     "/vms": lists.vms,
@@ -246,6 +249,7 @@ _PAGES: dict[str, Show] = {
 _FORMS: dict[str, Endpoint] = {
     **forms.FORMS,
     "/convert": converting.convert,
+    "/datastores/{owner}/{id}/appoint": appointing.appoint,
     "/policies/{owner}": governing.set_policy,
     "/tokens": governing.make_token,
     "/webhooks": webhooks.make_webhook,
