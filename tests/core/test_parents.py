@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -206,6 +207,9 @@ def test_a_base_with_a_child_beside_it_says_so(disk: Path, name: str, capfd: pyt
     base, child = chain(disk, name)
     assert main(["info", str(base)]) == 0
     assert f"has a child: {child.name} refers to it" in capfd.readouterr().out
+    assert main(["info", "--output", "json", str(base)]) == 0
+    assert json.loads(capfd.readouterr().out)["child"] == vmconv.info(base)["child"] == child.name
+    assert "child" not in vmconv.info(child)
     with pytest.raises(VmconvError, match=child.name):
         vmconv.convert(base, base.with_name("new.raw"), in_place=True)
     found = vmconv.convert(disk, base, force=True)

@@ -15,6 +15,7 @@ from support.disks import MIB, QemuImg
 from support.kits import kit
 from support.requirements import oracle_program
 from support.web import Handler, Server, Spoil, serving, sparse_disk
+from vmconv.cli.main import main
 from vmconv.errors import AccessError, ImageError, ReadError, UsageError, VmconvError
 from vmconv.io import remote
 from vmconv.io.registry import installed
@@ -55,6 +56,13 @@ def test_a_conversion_has_the_bytes_that_qemu_reads(web: Server, qemu_img: QemuI
     qemu_img("compare", raw, made)
     assert result.totals.copied == 4 * MIB
     assert [copy.reason for copy in result.copies] == ["disk.qcow2 comes over the network"]
+
+
+def test_the_chain_at_a_url_is_shown(web: Server, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str]) -> None:
+    disk(web, qemu_img)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "disk.qcow2", "-F", "qcow2", web.directory / "top.qcow2")
+    assert main(["info", "--allow-external", web.url(""), web.url("top.qcow2")]) == 0
+    assert f"{web.url('disk.qcow2')} (qcow2, 8 MiB" in capsys.readouterr().out
 
 
 def test_a_new_file_has_the_rights_of_any_new_file(web: Server, qemu_img: QemuImg) -> None:

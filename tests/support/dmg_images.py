@@ -66,9 +66,15 @@ class Entry(NamedTuple):
         return struct.pack(">IIQQQQ", self.kind, 0, self.sector, self.sectors, self.offset, self.length)
 
 
-def table(first: int, count: int, entries: Sequence[Entry]) -> bytes:
-    """Returns a block table for `count` sectors from `first` on."""
-    head = struct.pack(">4sIQQQII24x136xI", b"mish", 1, first, count, 0, 0x208, 0, len(entries))
+def checksum(crc: int | None) -> bytes:
+    """Returns the structure of a CRC-32, or of no checksum."""
+    return struct.pack(">III124x", *((0, 0, 0) if crc is None else (2, 32, crc)))
+
+
+def table(first: int, count: int, entries: Sequence[Entry], crc: int | None = None) -> bytes:
+    """Returns a block table for `count` sectors from `first` on; `crc` is that of its sectors."""
+    head = struct.pack(">4sIQQQII24x", b"mish", 1, first, count, 0, 0x208, 0) + checksum(crc)
+    head += len(entries).to_bytes(4)
     return head + b"".join(one.pack() for one in entries)
 
 
@@ -77,39 +83,43 @@ def property_list(tables: Sequence[bytes]) -> bytes:
     return plistlib.dumps({"resource-fork": {"blkx": listed}})
 
 
-def trailer(plist_offset: int, plist_length: int, sectors: int, data_length: int) -> bytes:
+def trailer(plist_offset: int, plist_length: int, sectors: int, data_length: int, master: int | None = None) -> bytes:
     return struct.pack(
-        ">4sIIIQQQQQII16s136xQQ120x136xIQ12x",
+        ">4sIIIQQQQQII16s136xQQ120x136sIQ12x",
         *(b"koly", 4, 512, 1, 0, 0, data_length, 0, 0, 1, 1, b"segment of image"),
-        *(plist_offset, plist_length, 1, sectors),
+        *(plist_offset, plist_length, checksum(master), 1, sectors),
     )
 
 
-def closed(payload: bytes, tables: Sequence[bytes], sectors: int) -> bytes:
-    """Returns the image of chunks and block tables."""
+def closed(payload: bytes, tables: Sequence[bytes], sectors: int, master: int | None = None) -> bytes:
+    """Returns the image of chunks and block tables; `master` is the CRC of the tables' CRCs."""
     plist = property_list(tables)
-    return payload + plist + trailer(len(payload), len(plist), sectors, len(payload))
+    return payload + plist + trailer(len(payload), len(plist), sectors, len(payload), master)
 
 
 def udif(disk: bytes, kinds: Sequence[int], chunk: int = 64 << 10, tables: int = 1) -> bytes:
     """Returns a disk as an image: its chunks are of the given kinds in turn, and holes where there are only zeros."""
-    payload = bytearray()
+    payload, sums = bytearray(), bytearray()
     made: list[bytes] = []
     sectors = len(disk) // SECTOR
     edges = [sectors * number // tables for number in range(tables + 1)]
     turn = 0
     for begin, end in pairwise(edges):
         entries = [Entry(COMMENT, 0, 0)]
+        crc = 0
         for at in range(begin, end, chunk // SECTOR):
             count = min(chunk // SECTOR, end - at)
             piece = disk[at * SECTOR : (at + count) * SECTOR]
             if not any(piece):
                 entries.append(Entry((ZERO, IGNORED)[len(entries) % 2], at - begin, count))
+                crc = zlib.crc32(piece, crc) if entries[-1].kind == ZERO else crc
                 continue
+            crc = zlib.crc32(piece, crc)
             kind = kinds[turn % len(kinds)]
             turn += 1
             packed = PACKERS[kind](piece)
             entries.append(Entry(kind, at - begin, count, len(payload), len(packed)))
             payload += packed
-        made.append(table(begin, end - begin, [*entries, Entry(END, end - begin, 0, len(payload))]))
-    return closed(bytes(payload), made, sectors)
+        made.append(table(begin, end - begin, [*entries, Entry(END, end - begin, 0, len(payload))], crc))
+        sums += crc.to_bytes(4)
+    return closed(bytes(payload), made, sectors, zlib.crc32(sums))

@@ -887,13 +887,12 @@ def info(
 ) -> dict[str, Any]:
     """Returns the description of an image with the keys of `qemu-img info --output=json`; reads only its header."""
     given = locals()
-    from vmconv.inspect.description import describe
-    from vmconv.inspect.images import opened
+    from vmconv.inspect.images import described, opened
     from vmconv.interface.arguments import Reading, checked
 
     asked = checked(Reading, **given)
     with _errors(), opened(asked, content_decides=True) as (image, opener):
-        return describe(image, opener)
+        return described(image, opener)
 
 
 @_named

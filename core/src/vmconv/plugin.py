@@ -120,7 +120,7 @@ if TYPE_CHECKING:
     )
     from vmconv.model.facts import DiskFacts, Geometry
     from vmconv.model.identity import derived, fresh
-    from vmconv.model.image import Image
+    from vmconv.model.image import Image, RangesCrc
     from vmconv.model.layer import WritableLayer
     from vmconv.model.layout import Allocation, Backing, Layout, OutFile, Placement, Reference, Scratch
     from vmconv.model.options import Identified, Size, describe, option, parse_size
@@ -214,6 +214,7 @@ _HOMES = {
     "Geometry": "model.facts",
     "Identified": "model.options",
     "Image": "model.image",
+    "RangesCrc": "model.image",
     "ImageError": "errors",
     "Kind": "model.extents",
     "Kinds": "model.extents",
@@ -392,6 +393,7 @@ __all__ = [
     "Progress",
     "ProgressBar",
     "Ranges",
+    "RangesCrc",
     "ReadError",
     "Reading",
     "Record",

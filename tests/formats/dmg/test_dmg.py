@@ -31,6 +31,7 @@ from support.dmg_images import (
 )
 from support.kits.dmg import DmgKit
 from support.requirements import oracle_program
+from vmconv.cli.main import main
 from vmconv.errors import ImageError, UsageError
 from vmconv_dmg import adc as own_adc
 from vmconv_dmg import structs
@@ -286,3 +287,43 @@ def test_adc_does_not_grow_past_its_limit() -> None:
 
 def test_the_structures_have_their_lengths() -> None:
     assert (structs.Trailer.sizeof(), structs.BlockTable.sizeof()) == (512, 204)
+
+
+@pytest.mark.parametrize("kinds", [[RAW], [ZLIB, RAW, BZIP2]])
+@pytest.mark.parametrize("tables", [1, 3])
+def test_checksums_of_a_sound_disk_agree(disk: Path, kinds: list[int], tables: int) -> None:
+    image = image_of(disk, kinds, tables=tables)
+    found = vmconv.check(image, payload=True)
+    assert found is not None and found == vmconv.check(image) and not found.corruption_count
+
+
+def test_a_stored_chunk_that_was_changed_is_found_by_its_checksum(
+    disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = image_of(disk, [RAW])
+    data = bytearray(image.read_bytes())
+    data[5] ^= 1
+    image.write_bytes(data)
+    found = vmconv.check(image)
+    assert found is not None and not found.corruption_count
+    assert main(["check", "--payload", str(image)]) == 2
+    assert "CRC-32 of block table 0 is" in capsys.readouterr().out
+
+
+def test_the_checksum_of_the_checksums_is_compared_without_payload(disk: Path) -> None:
+    image = image_of(disk, [ZLIB], tables=2)
+    data = bytearray(image.read_bytes())
+    data[structs.Trailer.sizeof() * -1 + 352 + 8] ^= 1
+    image.write_bytes(data)
+    found = vmconv.check(image)
+    assert found is not None
+    assert [text for text in found.corruptions if "CRC-32 of the checksums of tables" in text]
+
+
+def test_an_image_without_checksums_has_nothing_to_compare_with(disk: Path) -> None:
+    image = disk.parent / "disk.dmg"
+    payload = disk.read_bytes()
+    sectors = len(payload) // 512
+    image.write_bytes(closed(payload, [table(0, sectors, [Entry(RAW, 0, sectors, 0, len(payload))])], sectors))
+    with pytest.raises(UsageError, match="stores no hash"):
+        vmconv.check(image, payload=True)

@@ -23,7 +23,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--payload",
         action="store_true",
-        help="also read all of the disk, and compare it with the hashes that the image stores (EWF: MD5, SHA-1)",
+        help="also read all of the disk, and compare it with the hashes that the image stores (EWF: MD5, SHA-1;\n"
+        "DMG: CRC-32)",
     )
     parser.add_argument(
         "-r",

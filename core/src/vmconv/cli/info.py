@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 def _run(options: argparse.Namespace) -> int:
     from vmconv.cli.output import print_json
     from vmconv.inspect.description import describe
-    from vmconv.inspect.images import child_beside, opened
+    from vmconv.inspect.images import described, opened
 
     asked = reading(options)._replace(path=in_snapshot(options, options.file))
     with opened(asked, content_decides=True) as (image, opener):
-        layers = [describe(layer, opener) for layer in (image.chain() if options.backing_chain else (image,))]
+        layers = [described(image, opener)]
+        if options.backing_chain:
+            layers += [describe(layer, opener) for layer in list(image.chain())[1:]]
         if options.output == "json":
             print_json(layers if options.backing_chain else layers[0], indent=4)
             return 0
@@ -41,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
             _print_info(facts)
         if image.parent_reference is not None:
             _print_chain(image)
-        if child := child_beside(image, opener.registry):
+        if child := layers[0].get("child"):
             print(printable(f"has a child: {child} refers to it; a change of this image would damage that one"))
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 
@@ -49,7 +48,7 @@ def chain_lines(image: Image) -> Iterator[str]:
 
 
 def _layer(image: Image) -> str:
-    taken = os.fstat(image.file.descriptor).st_blocks * 512
+    taken = image.file.stored()
     name = paint(printable(image.file.path), "strong", sys.stdout)
     return f"{name} ({image.format_name}, {size_text(image.size)}, {size_text(taken)} on disk)"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from vmconv.errors import AccessError, ImageError, ReadError, SecretError, UsageError, VmconvError
 from vmconv.interface.format import CheckReport
 from vmconv.io.opener import Opener
-from vmconv.model.image import Image
+from vmconv.model.image import Image, RangesCrc
 from vmconv.model.references import Dependency, Finding, compared
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def check_image(image: Image, opener: Opener, *, payload: bool = False) -> Check
     in a conversion; their structure is not checked. With `payload`, all of the disk is read and compared with the
     hashes that the image stores. Raises `UsageError` if it stores none.
     """
-    if payload and not image.digests:
+    if payload and not (image.digests or image.crcs):
         raise UsageError(f"{image.file.name}: {image.format_name} stores no hash of the disk to compare with")
     problems = _problems_of_objects(opener)
     try:
@@ -64,10 +64,11 @@ def _with_payload(found: CheckReport, image: Image) -> CheckReport:
     sums = {name: hashlib.new(name, usedforsecurity=False) for name in image.digests}
     problems: list[str] = []
     try:
-        for at in range(0, image.size, _PIECE):
+        for at in range(0, image.size if sums else 0, _PIECE):
             piece = image.flat.read(at, min(_PIECE, image.size - at))
             for each in sums.values():
                 each.update(piece)
+        problems += filter(None, (_crc_problem(image, one) for one in image.crcs))
     except ImageError as exc:
         problems.append(str(exc))
     else:
@@ -79,6 +80,18 @@ def _with_payload(found: CheckReport, image: Image) -> CheckReport:
     return found._replace(
         corruptions=(*found.corruptions, *problems), corruption_count=found.corruption_count + len(problems)
     )
+
+
+def _crc_problem(image: Image, stored: RangesCrc) -> str | None:
+    import zlib
+
+    crc = 0
+    for start, length in stored.ranges:
+        for at in range(start, start + length, _PIECE):
+            crc = zlib.crc32(image.flat.read(at, min(_PIECE, start + length - at)), crc)
+    if stored.crc in (None, crc):
+        return None
+    return f"CRC-32 of {stored.name} is {crc:08x}, the image says {stored.crc:08x}"
 
 
 def _with_files(found: CheckReport, image: Image, opener: Opener) -> CheckReport:

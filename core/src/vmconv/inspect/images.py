@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmconv.errors import UsageError, VmconvError
 from vmconv.inplace.settling import settle
@@ -71,6 +71,16 @@ def _opener(asked: Reading | ImagePair, secrets: Secrets, parents: GivenParents,
         remote=True,
         spool=PipeSpool(gettempdir()),
     )
+
+
+def described(image: Image, opener: Opener) -> dict[str, Any]:
+    """Returns the description of an image, with the name of a `child` if one is found beside it."""
+    from vmconv.inspect.description import describe
+
+    facts = describe(image, opener)
+    if child := child_beside(image, opener.registry):
+        facts["child"] = child
+    return facts
 
 
 def child_beside(image: Image, registry: Registry) -> str | None:

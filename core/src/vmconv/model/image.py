@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.errors import PluginError, printable
 from vmconv.model.facts import DiskFacts
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from vmconv.model.disk import Disk
     from vmconv.model.extents import Extents
     from vmconv.model.references import Dependency
+
+
+class RangesCrc(NamedTuple):
+    """The CRC-32 that an image stores of ranges of its disk, `(start, length)` in bytes, in order; None for no CRC."""
+
+    name: str
+    crc: int | None
+    ranges: Sequence[tuple[int, int]]
 
 
 class Image:
@@ -34,7 +42,8 @@ class Image:
     properties. `shows_holes` tells whether maps show holes of a file as zeros, as `qemu-img map` does for payload that
     lies in a file as the guest sees it. Without it, they do for a file with so many holes that payload must have some.
     `bitmaps` are the persistent bitmaps that a writer carries over; none unless they are asked for.
-    `digests` are hashes of the disk that the image stores, in hexadecimal, by their names in hashlib.
+    `digests` are hashes of the disk that the image stores, in hexadecimal, by their names in hashlib. `crcs` are of
+    parts of it.
     """
 
     def __init__(
@@ -55,6 +64,7 @@ class Image:
         dependencies: tuple[Dependency, ...] = (),
         shows_holes: Callable[[File], bool] | None = None,
         digests: Mapping[str, str] = MappingProxyType({}),
+        crcs: tuple[RangesCrc, ...] = (),
         kind: FormatKind = "disk",
         state: Callable[[], Mapping[str, bytes]] = dict,
         bitmaps: tuple[DirtyBitmap, ...] = (),
@@ -70,6 +80,7 @@ class Image:
         self.dependencies = dependencies
         self.shows_holes = shows_holes
         self.digests = digests
+        self.crcs = crcs
         self.parent_reference = parent_reference
         self.parent_format = parent_format
         self._load_guest = load_guest
@@ -201,7 +212,7 @@ class Image:
         other = self._changed(lambda table: table.window(offset, other.size))
         # A shorter layer hides what lies below its end, in a part, too.
         other.size = max(0, min(length, self.size - offset))
-        other.facts, other.digests, other._load_places = DiskFacts(), MappingProxyType({}), None
+        other.facts, other.digests, other.crcs, other._load_places = DiskFacts(), MappingProxyType({}), (), None
         if self._load_parent:
             load = self._load_parent
             other._load_parent = lambda: (self.parent or load()).part(offset, length)

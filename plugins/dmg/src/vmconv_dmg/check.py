@@ -1,6 +1,11 @@
-"""The structural check of a DMG: chunks, property list and trailer lie apart. Chunks are not decompressed."""
+"""The structural check of a DMG: chunks, property list and trailer lie apart. Chunks are not decompressed.
+
+`vmconv check --payload` compares the checksums of the disk.
+"""
 
 from __future__ import annotations
+
+import zlib
 
 import numpy as np
 
@@ -18,6 +23,11 @@ def check(image: Image) -> CheckReport:
     usage.add("trailer", [image.file.size - structs.TRAILER_LENGTH], structs.TRAILER_LENGTH)
     stored = chunks.length > 0
     usage.add_each("chunk", chunks.offset[stored], chunks.length[stored], np.flatnonzero(stored))
+    if trailer.master and all(one.checksum for one in image.sums):
+        found = zlib.crc32(b"".join(one.checksum for one in image.sums))
+        if found != int.from_bytes(trailer.master):
+            stated = int.from_bytes(trailer.master)
+            findings.corrupt(f"CRC-32 of the checksums of tables is {found:08x}, the trailer says {stated:08x}")
     findings.overlaps(usage, structs.SECTOR)
     if not findings.corruption_count:
         try:

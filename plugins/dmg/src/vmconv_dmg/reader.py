@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vmconv.plugin import (
@@ -12,12 +14,13 @@ from vmconv.plugin import (
     ImageError,
     Kind,
     Metadata,
+    RangesCrc,
     UsageError,
     refuse_overlaps,
 )
 from vmconv_dmg import structs
 from vmconv_dmg.decoding import DECODED, NAMES, Packed
-from vmconv_dmg.tables import Chunks, Trailer, read_chunks, read_trailer
+from vmconv_dmg.tables import Chunks, Sum, Trailer, read_chunks, read_trailer
 
 
 class DmgImage(Image):
@@ -25,6 +28,7 @@ class DmgImage(Image):
 
     chunks: Chunks
     trailer: Trailer
+    sums: Sequence[Sum]
 
 
 def read(file: File, *, snapshot: str | None = None) -> Image:
@@ -32,7 +36,7 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
     if snapshot is not None:
         raise UsageError(f"{file.name}: a DMG has no snapshots, {snapshot!r} was requested")
     trailer = read_trailer(file)
-    size, chunks = read_chunks(file, trailer)
+    size, chunks, sums = read_chunks(file, trailer)
     image = DmgImage(
         "dmg",
         file,
@@ -44,8 +48,9 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
                 "data": {"chunks": len(chunks.kind), "compression": _compression(chunks)},
             },
         },
+        crcs=_crcs(sums, size),
     )
-    image.chunks, image.trailer = chunks, trailer
+    image.chunks, image.trailer, image.sums = chunks, trailer, sums
     return image
 
 
@@ -56,6 +61,20 @@ def qemu_incompatibility(image: Image) -> str | None:
         if (image.chunks.kind == kind).any():
             return f"QEMU does not decompress {NAMES[kind]} in a DMG"
     return None
+
+
+def _crcs(sums: Sequence[Sum], size: int) -> tuple[RangesCrc, ...]:
+    """Returns the checksums of the tables; none if no table has one."""
+    if not any(one.checksum for one in sums):
+        return ()
+    return tuple(
+        RangesCrc(
+            f"block table {number}",
+            int.from_bytes(one.checksum) if one.checksum else None,
+            [(start, min(length, size - start)) for start, length in one.ranges if start < size],
+        )
+        for number, one in enumerate(sums)
+    )
 
 
 def _compression(chunks: Chunks) -> list[str]:

@@ -13,6 +13,18 @@ from construct import Bytes, Const, Int32ub, Int64ub, Struct
 SECTOR = 512
 TRAILER_LENGTH = 512
 
+Checksum = Struct(
+    "kind" / Int32ub,
+    "bits" / Int32ub,
+    "data" / Bytes(128),
+)
+CRC32 = 2
+"""The kind of checksum that hdiutil makes: a CRC-32, 32 bits.
+
+That of a block table is over its sectors, without those that are `IGNORED`. The trailer's master checksum is over the
+checksums of the tables. The one of the data fork is not compared.
+"""
+
 Trailer = Struct(
     "signature" / Const(b"koly"),
     "version" / Int32ub,
@@ -30,7 +42,7 @@ Trailer = Struct(
     "plist_offset" / Int64ub,
     "plist_length" / Int64ub,
     "reserved" / Bytes(120),
-    "master_checksum" / Bytes(136),
+    "master_checksum" / Checksum,
     "image_variant" / Int32ub,
     "sector_count" / Int64ub,
     "reserved2" / Bytes(12),
@@ -45,7 +57,7 @@ BlockTable = Struct(
     "buffers_needed" / Int32ub,
     "descriptor" / Int32ub,
     "reserved" / Bytes(24),
-    "checksum" / Bytes(136),
+    "checksum" / Checksum,
     "entry_count" / Int32ub,
 )
 

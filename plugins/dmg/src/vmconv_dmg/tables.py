@@ -41,6 +41,14 @@ class Trailer(NamedTuple):
     plist_offset: int
     plist_length: int
     size: int
+    master: bytes
+
+
+class Sum(NamedTuple):
+    """The checksum of a block table, empty if it has none that is known, and the ranges of the disk that it is of."""
+
+    checksum: bytes
+    ranges: tuple[tuple[int, int], ...]
 
 
 def read_trailer(file: File) -> Trailer:
@@ -61,12 +69,23 @@ def read_trailer(file: File) -> Trailer:
     head.limit("plist_offset", raw.plist_offset, 0, head.offset - raw.plist_length)
     head.limit("data_fork_offset", raw.data_fork_offset, 0, head.offset)
     head.limit("sector_count", raw.sector_count, 0, MAX_SIZE // structs.SECTOR)
-    return Trailer(raw.data_fork_offset, raw.plist_offset, raw.plist_length, raw.sector_count * structs.SECTOR)
+    size, master = raw.sector_count * structs.SECTOR, _crc_of(raw.master_checksum)
+    return Trailer(raw.data_fork_offset, raw.plist_offset, raw.plist_length, size, master)
 
 
-def read_chunks(file: File, trailer: Trailer) -> tuple[int, Chunks]:
-    """Returns the size of the disk and its chunks."""
-    parts = [_entries(file, trailer, *one) for one in enumerate(_tables(file, trailer))]
+def _crc_of(checksum: Any) -> bytes:
+    """Returns the four bytes of a CRC-32, none for another checksum."""
+    known = (checksum.kind, checksum.bits) == (structs.CRC32, 32)
+    return bytes(checksum.data[:4]) if known else b""
+
+
+def read_chunks(file: File, trailer: Trailer) -> tuple[int, Chunks, list[Sum]]:
+    """Returns the size of the disk, its chunks, and the checksums of its tables."""
+    parts, sums = [], []
+    for number, table in enumerate(_tables(file, trailer)):
+        chunks, checksum = _entries(file, trailer, number, table)
+        parts.append(chunks)
+        sums.append(Sum(checksum, _summed(chunks)))
     if not parts:
         raise _damaged(file, trailer, "no block tables")
     found = Chunks(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
@@ -81,7 +100,17 @@ def read_chunks(file: File, trailer: Trailer) -> tuple[int, Chunks]:
     if len(end) and int(end[-1]) > size:
         problem = f"a chunk up to sector {int(end[-1]) // structs.SECTOR}, the disk has {size // structs.SECTOR}"
         raise _damaged(file, trailer, problem)
-    return size, found
+    return size, found, sums
+
+
+def _summed(chunks: Chunks) -> tuple[tuple[int, int], ...]:
+    """Returns the ranges of the disk that the checksum of a table is of, neighbours joined."""
+    order = np.argsort(chunks.start, kind="stable")
+    order = order[(chunks.kind[order] != structs.IGNORED) & (chunks.size[order] > 0)]
+    start, end = chunks.start[order], (chunks.start + chunks.size)[order]
+    first = np.append(True, start[1:] != end[:-1])[: len(start)]
+    begins, ends = start[first], end[np.append(first[1:], True)[: len(start)]]
+    return tuple(zip(begins.tolist(), (ends - begins).tolist(), strict=True))
 
 
 def _tables(file: File, trailer: Trailer) -> Iterator[bytes]:
@@ -107,8 +136,8 @@ def _tables(file: File, trailer: Trailer) -> Iterator[bytes]:
         yield table
 
 
-def _entries(file: File, trailer: Trailer, number: int, data: bytes) -> Chunks:
-    """Returns the chunks of a block table, with offsets of the disk and of the file."""
+def _entries(file: File, trailer: Trailer, number: int, data: bytes) -> tuple[Chunks, bytes]:
+    """Returns the chunks of a block table, with offsets of the disk and of the file, and its checksum."""
     head, entries = _split(file, trailer, number, data)
     named = {name: entries[name].astype(np.uint64) for name in ("sector", "count", "offset", "length")}
     for name, column in named.items():
@@ -123,7 +152,7 @@ def _entries(file: File, trailer: Trailer, number: int, data: bytes) -> Chunks:
             at = int(np.flatnonzero(bad)[0])
             raise _wrong(file, trailer, number, at, problem(at))
     found = Chunks(kind, sector * structs.SECTOR, count * structs.SECTOR, offset, length)
-    return found.of((kind != structs.COMMENT) & (kind != structs.TERMINATOR))
+    return found.of((kind != structs.COMMENT) & (kind != structs.TERMINATOR)), _crc_of(head.checksum)
 
 
 def _impossible(
