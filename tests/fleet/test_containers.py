@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from support.disks import MIB, QemuImg, make_disk
 from support.swift import CLOUD, KEY, OTHER_KEY, OTHER_USER, USER, Swift
 from vmconv.cli.main import main
 from vmconv.testing.disks import random_bytes
+from vmconv_fleet import config as settings
 from vmconv_fleet.catalogue import containers
 from vmconv_fleet.catalogue.appointing import converters
 from vmconv_fleet.catalogue.containers import ContainerNote, ContainerScan, container_at, refuse_unless_owned
@@ -29,8 +31,13 @@ from vmconv_fleet.catalogue.ownership import Ownership
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.catalogue.scanning import Scanner
 from vmconv_fleet.catalogue.sharing import hold_by
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.runner import JobRunner
+from vmconv_fleet.replication.database import open_reader
 from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.store import Reader
+from vmconv_fleet.testing import PATIENCE, Driven, Lab, wait_until
 from vmconv_swift.client import client_of
 from vmconv_swift.cloud import cloud_of
 
@@ -143,6 +150,9 @@ def test_a_container_is_one_storage_whatever_a_node_calls_its_cloud(container: C
     assert first
     assert first.owner == ONE
     again = ContainerNote(container_at(url(container, AGAIN)))
+    assert hold_by(again, OTHER, 6) == first
+    # Of two nodes that are first at the same time one is quicker.
+    again.write(b"another's", replace=False)
     assert hold_by(again, OTHER, 6) == first
     # Without the note it is the same storage.
     assert container.swift.request("DELETE", f"/{container.own}/notes/owner").status == 204
@@ -559,6 +569,51 @@ def test_the_command_line(
         assert vmconv.compare(filled.url(name), filled.url(name.replace("raw", "vhdx")))
 
 
+def body_in(config: NodeConfig, owner: str, kind: str, identifier: str) -> Mapping[str, Any]:
+    """Returns the body of a record in the database of a node; empty if there is none."""
+    reader = Reader(open_reader(config.database))
+    try:
+        record = reader.get(owner, kind, identifier)
+        return record.body if record else {}
+    finally:
+        reader.close()
+
+
+def test_nodes_themselves_make_no_requests_to_a_store(
+    filled: Container, lab: Lab, drive: Callable[..., Driven]
+) -> None:
+    configs = [dataclasses.replace(lab.add(), datastores={"ds": url(filled, cloud)}) for cloud in (CLOUD, AGAIN)]
+    running = []
+    for config in configs:
+        settings.save(config)
+        running.append(drive(config))
+        wait_until(lambda log=running[-1].log: '"scanned"' in log(), PATIENCE, "the container is scanned")
+    (mine, theirs), (one, other) = configs, running
+    converters = {"name": "ds", "nodes": [theirs.node]}
+    assert one.ask("request", target=mine.node, verb="datastore-appoint", arguments=converters)["ok"]
+    disk = disk_id("ds", "a.raw")
+
+    def is_known() -> bool:
+        store = body_in(theirs, mine.node, "datastore", "ds")
+        return bool(store.get("converters") and body_in(theirs, mine.node, "disk", disk))
+
+    wait_until(is_known, PATIENCE, "the appointment is known")
+    wish = {"disk": disk, "of": mine.node, "format": "qcow2", "job": "j1", "zero_copy": "require"}
+    assert other.ask("request", target=theirs.node, verb="convert", arguments=wish)["ok"]
+    ends = ("done", "failed")
+    wait_until(lambda: body_in(mine, theirs.node, "job", "j1").get("state") in ends, PATIENCE, "the end of the job")
+    assert body_in(mine, theirs.node, "job", "j1")["state"] == "done"
+    made = disk_id("ds", "a.qcow2")
+    wait_until(lambda: body_in(theirs, mine.node, "disk", made), PATIENCE, "the owner lists it")
+    clients = ("keystoneauth1", "openstack", "requests", "vmconv_swift")
+    for config, node in zip(configs, running, strict=True):
+        assert not [name for name in node.ask("modules")["modules"] if name.partition(".")[0] in clients]
+        # Tokens begin so.
+        files = (config.database, f"{config.database}-wal")
+        assert not any(b"AUTH_tk" in Path(file).read_bytes() for file in files)
+        assert "AUTH_tk" not in node.log()
+
+
 # -- a node that is killed
 
 
@@ -606,6 +661,21 @@ def test_a_node_killed_in_the_middle_has_it_in_the_end(
     assert found == ("done", attempts, attempts == 1), body
     assert filled.names().count("a.vhdx") == 1
     assert vmconv.compare(filled.url("a.raw"), filled.url("a.vhdx"))
+
+
+def test_the_journal_knows_an_object_by_its_version(filled: Container, tmp_path: Path) -> None:
+    """A store that cannot be asked has made nothing."""
+    version = container_at(url(filled)).version("a.raw")
+    assert version
+    journal = JobJournal(str(tmp_path / "journal"))
+    for place, stated, made in (
+        (url(filled), version, "a.raw"),
+        (url(filled, AGAIN), version, "a.raw"),
+        (url(filled), "0" * 32, None),
+        (f"swift://none/{filled.name}", version, None),
+    ):
+        journal.write_object(place, "a.raw", stated)
+        assert journal.made() == made
 
 
 def children(pid: int) -> list[int]:
