@@ -14,7 +14,11 @@ import vmconv
 from support.disks import MIB, QemuImg, make_disk, qemu_io
 from support.vhdx_images import BAT, CLEAR_3, dirty, entry, sample
 from vmconv.cli.main import main
-from vmconv.errors import PlanError
+from vmconv.conversion.editing import damage
+from vmconv.errors import PlanError, VerifyError
+from vmconv.interface.format import CheckReport
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
 
 Damage = Callable[[bytearray], None]
 SIZE = 4 * MIB
@@ -382,3 +386,31 @@ def test_formats_without_repairs_stay_as_they_are(ext4_dir: Path, qemu_img: Qemu
     assert done is not None
     assert (done.written, path.read_bytes()) == (0, before)
     assert vmconv.repair(ext4_dir / "disk.raw") is None
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (None, None),
+        (CheckReport(), None),
+        (CheckReport(leaks=("a cluster",), leak_count=1, doubts=("a doubt",)), None),
+        (CheckReport(corruptions=("the first", "the second"), corruption_count=2), "the first"),
+        (CheckReport(corruptions=("the only one",), corruption_count=1), "the only one"),
+    ],
+)
+def test_an_edit_is_refused_for_the_first_corruption_only(
+    image: Path, monkeypatch: pytest.MonkeyPatch, report: CheckReport | None, said: str | None
+) -> None:
+    one = installed().format("qcow2")
+    monkeypatch.setattr(type(one), "check", lambda *_: report)
+    with Opener(installed()) as opener:
+        assert damage(one, opener.image(str(image))) == said
+
+
+def test_an_edit_that_would_leave_damage_is_refused(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = image.read_bytes()
+    checks = iter([CheckReport(), CheckReport(corruptions=("two tables at one place",), corruption_count=1)])
+    monkeypatch.setattr(type(installed().format("qcow2")), "check", lambda *_: next(checks))
+    with pytest.raises(VerifyError, match="after the edit, two tables at one place"):
+        vmconv.snapshot(str(image), "create", "new")
+    assert image.read_bytes() == before
