@@ -614,6 +614,48 @@ def test_nodes_themselves_make_no_requests_to_a_store(
         assert "AUTH_tk" not in node.log()
 
 
+STOPS = """
+import os, sys, threading
+from vmconv_fleet.jobs import worker
+from vmconv_swift.backend import SwiftOutput
+finish = SwiftOutput.finish
+def finished(self):
+    made = finish(self)
+    with open(sys.argv[1], "w") as told:
+        told.write("here")
+    threading.Event().wait()
+    return made
+SwiftOutput.finish = finished
+os._exit(worker.main())
+"""
+"""A worker that does not go on once the store has all of an object but its name."""
+
+
+def test_a_job_that_is_cancelled_leaves_no_object(filled: Container, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    disk = disk_id("ds", "a.raw")
+    with nodes(1, tmp_path) as (node,):
+        node.write(
+            Change("datastore", "ds", {"path": url(filled)}),
+            Change("disk", disk, {"datastore": "ds", "name": "a.raw"}),
+        )
+        before = filled.names(), [name for name in filled.names(filled.own) if name.startswith(("records", "cand"))]
+        runner = JobRunner(node.service, str(node.directory), command=(sys.executable, "-c", STOPS, str(pipe)))
+        runner.start()
+        try:
+            assert ask(node, node, "convert", disk=disk, format="qcow2", job="j1").body["ok"]
+            assert pipe.read_text() == "here"
+            own = filled.names(filled.own)
+            assert sum(name.startswith("candidates/") for name in own) == 1
+            assert ask(node, node, "cancel", job="j1").body["ok"]
+            assert ended(node, node, "j1")["state"] == "cancelled"
+        finally:
+            runner.stop()
+    after = [name for name in filled.names(filled.own) if name.startswith(("records", "cand"))]
+    assert (filled.names(), after) == before
+
+
 # -- a node that is killed
 
 
