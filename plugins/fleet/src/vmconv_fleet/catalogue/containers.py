@@ -77,8 +77,7 @@ def refuse_unless_owned(container: ObjectContainer, nodes: Sequence[str]) -> Non
 class ContainerScan:
     """Lists containers.
 
-    `known` are the disks of the last scan by datastore and name: unchanged ones are not read again if they could be.
-
+    `known` are the disks of the last scan by datastore and name: unchanged ones that could be read are not read again.
     `reading` limits the time of reading one object, given the datastore and the object's name.
     """
 
