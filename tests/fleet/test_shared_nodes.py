@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from support.disks import MIB, make_disk
+from support.domains import SHOP
 from support.juicefs import Volume
 from support.requirements import oracle_program
 from vmconv_fleet import config as settings
@@ -44,17 +45,27 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Volume]:
 
 
 class Pair:
-    """Two nodes with a datastore `ds`, of which the first is the owner and the second is appointed."""
+    """Two nodes with a datastore `ds`, of which the first is the owner and the second is appointed.
 
-    def __init__(self, lab: Lab, network: Network, drive: Callable[..., Driven], volume: Volume) -> None:
+    Each sees its mount of the volume `at` this path, or where it is.
+    """
+
+    def __init__(
+        self, lab: Lab, network: Network, drive: Callable[..., Driven], volume: Volume, at: Path | None = None
+    ) -> None:
         self.volume = volume
         self._drive = drive
-        # Not `ip netns exec`: a mount that is made later would not be seen.
-        self._prefixes = [["nsenter", f"--net=/run/netns/{network.prefix(number)[-1]}"] for number in (0, 1)]
+        self._prefixes = []
         for number, mount in enumerate(MOUNTS):
+            # Not `ip netns exec`: a mount that is made later would not be seen.
+            prefix, path = ["nsenter", f"--net=/run/netns/{network.prefix(number)[-1]}"], volume.mounts[mount]
+            if at:
+                bind = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(path), str(at)]
+                prefix, path = [*prefix, "unshare", "--mount", *bind], at
+            self._prefixes.append(prefix)
             connect = [f"{network.address(0)}:7447"] if number else []
             made = lab.add(host=network.address(number), port=7447, connect=connect)
-            settings.save(replace(made, datastores={"ds": str(volume.mounts[mount] / "images")}))
+            settings.save(replace(made, datastores={"ds": str(path / "images")}))
         self.configs = [settings.load(one.directory) for one in lab.nodes]
         self.nodes: list[Driven] = []
         for number in (OWNER, APPOINTED):
@@ -160,13 +171,19 @@ class Pair:
 
 
 @pytest.fixture
-def pair(lab: Lab, network: Callable[[int], Network], drive: Callable[..., Driven], volume: Volume) -> Iterator[Pair]:
-    folder = volume.mounts["one"] / "images"
-    folder.mkdir()
-    try:
-        yield Pair(lab, network(2), drive, volume)
-    finally:
-        shutil.rmtree(folder)
+def folder(volume: Volume) -> Iterator[Path]:
+    """An empty directory of the volume."""
+    made = volume.mounts["one"] / "images"
+    made.mkdir()
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def pair(
+    lab: Lab, network: Callable[[int], Network], drive: Callable[..., Driven], volume: Volume, folder: Path
+) -> Pair:
+    return Pair(lab, network(2), drive, volume)
 
 
 def test_conversions_of_many_disks_are_spread_and_copy_nothing(pair: Pair) -> None:
@@ -231,3 +248,38 @@ def test_without_its_mount_a_node_fails_its_job_and_with_it_converts_again(pair:
     Path(f"{pipe}.go").write_text("")
     assert pair.ended(APPOINTED, "again")["state"] == "done"
     assert pair.is_whole("a.raw")
+
+
+def test_machines_are_spread_where_the_storage_has_one_path(
+    lab: Lab,
+    network: Callable[[int], Network],
+    drive: Callable[..., Driven],
+    volume: Volume,
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    at = tmp_path / "volume"
+    at.mkdir()
+    pair = Pair(lab, network(2), drive, volume, at)
+    names = ["one", "two", "three", "four"]
+    for name in names:
+        make_disk(folder / f"{name}.raw", 4 * MIB)
+        # As libvirt writes it: with the path from the root.
+        (folder / f"{name}.xml").write_text(SHOP.format(disk=at / "images" / f"{name}.raw"))
+    pair.fleet(OWNER, "scan")
+    for number in (OWNER, APPOINTED):
+        wait_until(lambda: len(pair.get(number, "/api/v1/vms")) == len(names), PATIENCE, "the machines are listed")  # noqa: B023
+    pair.appoint()
+    before = volume.names()
+    said = pair.fleet(
+        OWNER, "convert", "--select", "datastore=ds", "-O", "vmx", "--yes", "--follow", "--output", "json"
+    )
+    results = [one["result"] for one in json.loads(said)]
+    assert [(one["state"], one["plan"]["copied"]) for one in results] == [("done", 0)] * len(names)
+    assert volume.added(before) < len(names) * MIB
+    jobs = [one["owner"] for one in pair.get(OWNER, "/api/v1/jobs")]
+    assert (jobs.count(pair.id(OWNER)), jobs.count(pair.id(APPOINTED))) == (2, 2)
+    made = {f"{name}.vmx": ["shop-disk1.vmdk", "shop.vmx"] for name in names}
+    assert {path.name: sorted(os.listdir(path)) for path in folder.glob("*.vmx")} == made
+    # The owner lists those that the other one has made.
+    wait_until(lambda: len(pair.get(OWNER, "/api/v1/vms")) == 2 * len(names), PATIENCE, "the new machines are listed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import pytest
 from fleet.in_memory import Node, nodes
 from support.disks import MIB, make_disk
 from support.juicefs import Volume
+from support.requirements import oracle_program
 from vmconv_fleet.api.bulk import _spread
 from vmconv_fleet.api.state import State
 from vmconv_fleet.catalogue.appointing import converters
@@ -187,16 +189,15 @@ def test_many_disks_are_spread_over_all_that_answer(pair: Sequence[Node], monkey
     one, other = pair
     state = State(one.service, str(one.directory), None)
     chosen = one.service.view().find("disk", one.id)
-    assert _spread(state, "disk", chosen, {}) == [one.id] * 4
+    assert _spread(state, chosen, {}) == [one.id] * 4
     assert ask(one, one, "datastore-appoint", name="ds", nodes=[other.id, "3" * 32]).body["ok"]
-    assert _spread(state, "disk", chosen, {}) == [one.id, other.id] * 2
+    assert _spread(state, chosen, {}) == [one.id, other.id] * 2
     # What only the owner does.
     for given in ({"keep_source": False}, {"target_datastore": "ds"}):
-        assert _spread(state, "disk", chosen, given) == [one.id] * 4
-    assert _spread(state, "vm", chosen, {}) == [one.id] * 4
+        assert _spread(state, chosen, given) == [one.id] * 4
     # Without a link, and without a heartbeat.
     monkeypatch.setattr(one.service, "neighbours", list)
-    assert _spread(state, "disk", chosen, {}) == [one.id] * 4
+    assert _spread(state, chosen, {}) == [one.id] * 4
 
 
 def test_the_owner_s_rules_count_too(pair: Sequence[Node]) -> None:
@@ -209,3 +210,73 @@ def test_the_owner_s_rules_count_too(pair: Sequence[Node]) -> None:
     assert "converts to qcow2" in ask(one, other, "convert", **wish, format="vhdx").body["reason"]
     assert ask(one, other, "convert", **wish, format="qcow2", job="named").body["ok"]
     assert ended(one, other, "named").body["file"] == "a-new.qcow2"
+
+
+# -- a node that lies
+
+
+def test_an_owner_leads_an_appointed_node_nowhere_else(pair: Sequence[Node], folders: tuple[Path, Path]) -> None:
+    """Into no other datastore of that node, whatever the owner writes into its records and on the volume."""
+    one, other = pair
+    private = folders[1].parent / "private"
+    private.mkdir()
+    try:
+        make_disk(private / "secret.raw", 4 * MIB)
+        other.write(Change("datastore", "private", {"path": str(private)}))
+        (folders[0] / "link.raw").symlink_to(private / "secret.raw")
+        (folders[0] / "inner").symlink_to(private)
+        create = ["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b", str(private / "secret.raw")]
+        subprocess.run([oracle_program("qemu-img"), *create, str(folders[0] / "top.qcow2"), "4M"], check=True)
+        names = {
+            "link": "link.raw",
+            "inner": "inner/secret.raw",
+            "up": "../private/secret.raw",
+            "root": str(private / "secret.raw"),
+            "top": "top.qcow2",
+        }
+        one.write(
+            *(Change("disk", key, {"datastore": "ds", "name": name, "format": "raw"}) for key, name in names.items())
+        )
+        assert ask(one, one, "datastore-appoint", name="ds", nodes=[other.id]).body["ok"]
+        other.until(lambda: len(converters(other.service.view(), one.id, "ds")) == 2)
+        before = {*os.listdir(folders[0])}
+        for key in names:
+            answer = ask(one, other, "convert", disk=key, of=one.id, format="vhdx", job=key).body
+            assert answer["ok"], answer
+            body = ended(one, other, key).body
+            assert (body["state"], body["attempts"]) == ("failed", 1), body
+            assert re.search("outside|not a path", body["error"])
+        assert {*os.listdir(folders[0])} == before
+        assert os.listdir(private) == ["secret.raw"]
+    finally:
+        subprocess.run(["rm", "-r", private], check=True)
+
+
+def test_a_node_that_claims_a_storage_appoints_nobody(pair: Sequence[Node]) -> None:
+    """Its record is its own, but whose the storage is, the other one has read on the volume."""
+    one, other = pair
+    held = one.service.view().get(one.id, "datastore", "ds")
+    assert held
+    other.write(
+        Change("datastore", "ds", {**held.body, "owner": other.id, "converters": [one.id, other.id]}),
+        Change("disk", "d1", {"datastore": "ds", "name": "a.raw", "format": "raw"}),
+    )
+    one.body_when(other.id, "disk", "d1", lambda _one: True)
+    assert converters(one.service.view(), other.id, "ds") == [other.id]
+    answer = ask(other, one, "convert", disk="d1", of=other.id, format="qcow2").body
+    assert "does not see the storage" in answer["reason"]
+
+
+def test_only_appointed_nodes_make_the_owner_look(pair: Sequence[Node]) -> None:
+    one, other = pair
+    scanner = Scanner(one.service, {})
+    sources = {"disk": disk_id("ds", "a.raw")}, {"vm": "v1"}
+    one.write(Change("vm", "v1", {"datastore": "ds", "file": "a.vmx", "name": "a"}))
+    bodies = [{"state": "done", **source, "of": one.id, "datastore": "ds", "format": "vmx"} for source in sources]
+    jobs = other.write(*(Change("job", f"j{number}", body) for number, body in enumerate(bodies)))
+    scanner._notice(jobs)
+    assert scanner._changed(one.service.view()) == set()
+    assert ask(one, one, "datastore-appoint", name="ds", nodes=[other.id]).body["ok"]
+    for job in jobs:
+        scanner._notice([job])
+        assert scanner._changed(one.service.view()) == {"ds"}

@@ -15,7 +15,7 @@ from vmconv.plugin import UsageError
 from vmconv_fleet.api.access import UNAUTHORIZED, Caller, Known
 from vmconv_fleet.api.asking import Answer, NotHereError, Wait, ask_many
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.appointing import converters
+from vmconv_fleet.catalogue.appointing import converters, may_convert
 from vmconv_fleet.catalogue.conversion import BulkSpec, MachineSpec
 from vmconv_fleet.catalogue.fields import Identifier, NodeId
 from vmconv_fleet.catalogue.selection import VMS, parse
@@ -132,10 +132,10 @@ async def convert_all(
 ) -> list[Answer]:
     """Requests the conversions as one batch; returns their answers. With the same `batch` they are the same requests.
 
-    Disks on shared storage are spread over all nodes that convert it. A refusal does not stop the others.
+    Sources on shared storage are spread over all nodes that convert it. A refusal does not stop the others.
     """
     batch = batch or f"batch-{secrets.token_hex(6)}"
-    targets = await run_in_threadpool(_spread, state, kind, chosen, given)
+    targets = await run_in_threadpool(_spread, state, chosen, given)
     wishes = [
         (
             target,
@@ -148,14 +148,13 @@ async def convert_all(
     return await ask_many(state, caller, wishes, wait=wait, keys=keys)
 
 
-def _spread(state: State, kind: Kind, chosen: Sequence[Record], given: Mapping[str, Any]) -> list[str]:
+def _spread(state: State, chosen: Sequence[Record], given: Mapping[str, Any]) -> list[str]:
     """Returns the node that converts each source: of those that can be asked, one after the other.
 
-    Only the owner converts machines, removes sources, and makes targets elsewhere than beside their sources.
+    Only the owner removes sources, and makes targets elsewhere than beside their sources.
     """
-    owners = [one.owner for one in chosen]
-    if kind == "vm" or given.get("target_datastore") or given.get("keep_source") is False:
-        return owners
+    if given.get("target_datastore") or given.get("keep_source") is False:
+        return [one.owner for one in chosen]
     view = state.view()
     answering = {one.node for one in state.snapshot().nodes() if one.state in ("here", "up")}
     turns: dict[tuple[str, str], Iterator[str]] = {}
@@ -165,5 +164,6 @@ def _spread(state: State, kind: Kind, chosen: Sequence[Record], given: Mapping[s
         if place not in turns:
             nodes = [node for node in converters(view, *place) if node == one.owner or node in answering]
             turns[place] = cycle(nodes)
-        targets.append(next(turns[place]))
+        # The owner can, so this ends.
+        targets.append(next(node for node in turns[place] if may_convert(view, node, one)))
     return targets

@@ -7,8 +7,8 @@ its end is known, and with the ownership.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 from vmconv.plugin import printable
 from vmconv_fleet.catalogue.places import is_container
@@ -24,12 +24,13 @@ class Records(Protocol):
     def find(self, kind: str, owner: str | None = None, /) -> Iterable[Record]: ...
 
 
-def own_datastore(records: Records, node: str, of: str, disk: Mapping[str, Any]) -> str:
-    """Returns the name that a node has for the datastore of a disk of the node `of`.
+def own_datastore(records: Records, node: str, of: str, source: Record) -> str:
+    """Returns the name that a node has for the datastore of a disk or machine of the node `of`.
 
-    Raises Refusal unless `of` owns the storage and has appointed the node, and the node sees the same storage.
+    Raises Refusal unless `of` owns the storage and has appointed the node, the node sees the same storage, and it finds
+    there all files that the source consists of.
     """
-    name = str(disk.get("datastore"))
+    name = str(source.body.get("datastore"))
     theirs = records.get(of, "datastore", name)
     if theirs is None or theirs.body.get("owner") != of or not theirs.body.get("storage"):
         raise Refusal(f"datastore {name} of node {of} is no shared storage of its own")
@@ -42,7 +43,51 @@ def own_datastore(records: Records, node: str, of: str, disk: Mapping[str, Any])
             # What a node calls a store is its own affair.
             why = f": its administrator adds {printable(path)[:200]} by the name that this node has for the store"
         raise Refusal(f"this node does not see the storage of datastore {name} of node {of}{why}")
+    own = records.get(node, "datastore", mine)
+    same_path = own is not None and own.body.get("path") == theirs.body.get("path")
+    if (part := _elsewhere(records, source, same_path=same_path)) is not None:
+        what = printable(part)[:200] or "a file"
+        raise Refusal(
+            f"this node may not find {what} of {source.kind} {source.id}: it is in another datastore, or the storage "
+            f"has another path here: ask node {of}"
+        )
     return mine
+
+
+def may_convert(records: Records, node: str, source: Record) -> bool:
+    """Returns whether a node can convert a disk or machine: as its owner, or for it."""
+    if node == source.owner:
+        return True
+    try:
+        own_datastore(records, node, source.owner, source)
+    except Refusal:
+        return False
+    return True
+
+
+def _elsewhere(records: Records, source: Record, *, same_path: bool) -> str | None:
+    """Returns the name of a part of a disk or machine that another node may not find; None: it finds all.
+
+    A path from the root leads to the same file only with the `same_path` to the datastore.
+    """
+    if source.kind == "vm":
+        parts = () if source.body.get("packaged") else source.body.get("disks", ())
+    else:
+        parts = source.body.get("chain", ())
+    for part in parts:
+        name = str(part.get("name", ""))
+        # A disk without a file.
+        if not name:
+            continue
+        disk = records.get(source.owner, "disk", str(part.get("disk")))
+        if disk is None or disk.body.get("datastore") != source.body.get("datastore"):
+            return name
+        if not same_path and (name.startswith("/") or ":" in name):
+            return name
+        # The layers of a disk are those of its own record.
+        if source.kind == "vm" and (below := _elsewhere(records, disk, same_path=same_path)) is not None:
+            return below
+    return None
 
 
 def converters(records: Records, of: str, datastore: str) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from functools import partial
 from typing import Any
 
+from vmconv_fleet.catalogue.appointing import converters
 from vmconv_fleet.catalogue.places import is_container
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
@@ -69,8 +70,8 @@ class Scanner:
         self._child: subprocess.Popen[str] | None = None
         self._heard = 0.0
         self._begun = _NOTHING
-        self._converted: queue.SimpleQueue[str] = queue.SimpleQueue()
-        """Own disks beside which another node has made a new one."""
+        self._converted: queue.SimpleQueue[Record] = queue.SimpleQueue()
+        """Jobs by which other nodes have made something beside own disks or machines."""
         self._ending = threading.Event()
         self.thread = Supervised("scanner", self._run, self._ending)
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -98,7 +99,7 @@ class Scanner:
             self._wanted.put(True)
         for one in records:
             if one.kind == "job" and one.body.get("of") == node and one.body.get("state") == "done":
-                self._converted.put(str(one.body.get("disk")))
+                self._converted.put(one)
                 self._wanted.put(True)
 
     def _run(self, works: Callable[[], None]) -> None:
@@ -138,10 +139,15 @@ class Scanner:
     def _changed(self, view: ReplicaView) -> set[str]:
         """Returns the own datastores in which other nodes have made something."""
         found = set()
+        node = self._service.node
         while not self._converted.empty():
-            disk = view.get(self._service.node, "disk", self._converted.get())
-            if disk:
-                found.add(str(disk.body.get("datastore")))
+            job = self._converted.get()
+            kind = "vm" if job.body.get("vm") else "disk"
+            source = view.get(node, kind, str(job.body.get(kind)))
+            name = str(source.body.get("datastore")) if source else ""
+            # Others have nothing to say about it.
+            if job.owner in converters(view, node, name):
+                found.add(name)
         return found
 
     def _is_given(self, datastore: Record) -> bool:

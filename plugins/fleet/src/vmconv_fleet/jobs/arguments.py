@@ -75,9 +75,13 @@ class MachineJobRequest(ConversionSpec, MachineSpec, Arguments):
 
 
 class ConvertMachine(MachineJobRequest):
-    """A conversion of a virtual machine of the catalogue: its configuration, firmware variables and disks."""
+    """A conversion of a virtual machine of the catalogue: its configuration, firmware variables and disks.
+
+    The machine is the target node's own, or one `of` another, on shared storage.
+    """
 
     vm: Identifier
+    of: NodeId | None = None
 
 
 class Cancel(Arguments):

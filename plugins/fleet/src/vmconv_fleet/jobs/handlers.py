@@ -121,40 +121,15 @@ def _convert(context: Context, request: IncomingRequest, wanted: Convert) -> Out
     identifier = wanted.job or request.id
     before = context.get(context.node, "job", identifier)
     if before:
-        return _again(before, "disk", wanted.disk, wanted.format)
-    if wanted.of not in (None, context.node):
-        return _convert_for(context, request, identifier, wanted, str(wanted.of))
-    disk = DiskBody.model_validate(_own(context, "disk", wanted.disk).body)
-    if disk.problem:
-        raise Refusal(f"disk {wanted.disk} cannot be read: {disk.problem}")
-    policy = policy_of(context.node, context)
-    _refuse_format(context, policy, wanted.format)
-    _refuse_trap(policy, disk.name, wanted)
-    source = {"disk": wanted.disk, "source": disk.name, "datastore": disk.datastore}
-    return _queued(context, request, identifier, wanted, source | wanted.spec() | _ruled(policy, wanted))
-
-
-def _convert_for(context: Context, request: IncomingRequest, identifier: str, wanted: Convert, of: str) -> Outcome:
-    """Returns the outcome of a conversion of another node's disk, on storage that both see, by the rules of both."""
-    from vmconv_fleet.catalogue.appointing import own_datastore
-    from vmconv_fleet.catalogue.kinds import DiskBody
-
-    record = context.get(of, "disk", wanted.disk)
-    if record is None:
-        raise Refusal(f"disk {wanted.disk} of node {of} is not known here")
+        return _again(before, "disk", wanted.disk, wanted)
+    record, fields = _source(context, "disk", wanted.disk, wanted)
     disk = DiskBody.model_validate(record.body)
-    if disk.problem:
-        raise Refusal(f"disk {wanted.disk} cannot be read: {disk.problem}")
-    mine = own_datastore(context, context.node, of, record.body)
-    if wanted.target_datastore is not None or not wanted.keep_source:
-        raise Refusal("for another node a target is made beside its source, which stays", hint="ask the owner")
-    rules, policy = policy_of(of, context), policy_of(context.node, context)
-    refuse_ruled_out(rules, wanted.format, keep_source=True)
-    _refuse_format(context, policy, wanted.format)
-    _refuse_trap(rules, disk.name, wanted)
-    fields = wanted.spec() | _ruled(rules, wanted) | _ruled(policy, wanted)
-    source = {"disk": wanted.disk, "of": of, "source": disk.name, "datastore": mine}
-    return _queued(context, request, identifier, wanted, fields | source)
+    for policy in _policies(context, wanted.of):
+        refuse_ruled_out(policy, wanted.format, keep_source=wanted.keep_source)
+        fields |= _ruled(policy)
+    _refuse_format(context, wanted.format)
+    _refuse_trap(context, disk.name, wanted)
+    return _queued(context, request, identifier, wanted, {"source": disk.name, **wanted.spec(), **fields})
 
 
 def _convert_machine(context: Context, request: IncomingRequest, wanted: ConvertMachine) -> Outcome:
@@ -164,18 +139,47 @@ def _convert_machine(context: Context, request: IncomingRequest, wanted: Convert
     identifier = wanted.job or request.id
     before = context.get(context.node, "job", identifier)
     if before:
-        return _again(before, "vm", wanted.vm, wanted.format)
-    vm = VmBody.model_validate(_own(context, "vm", wanted.vm).body)
-    if vm.problem:
-        raise Refusal(f"vm {wanted.vm} cannot be read: {vm.problem}")
+        return _again(before, "vm", wanted.vm, wanted)
+    record, fields = _source(context, "vm", wanted.vm, wanted)
+    vm = VmBody.model_validate(record.body)
     if not wanted.keep_source:
         raise Refusal("the conversion of a machine keeps its source")
-    policy = policy_of(context.node, context)
-    _refuse_machine_format(context, policy, wanted)
-    _refuse_trap(policy, vm.file, wanted)
-    source = {"vm": wanted.vm, "source": vm.file, "datastore": vm.datastore}
+    disk_format = _disk_format(context, wanted)
+    for policy in _policies(context, wanted.of):
+        refuse_ruled_out(policy, disk_format, keep_source=True)
+        fields |= _ruled(policy)
+    _refuse_format(context, disk_format)
+    _refuse_trap(context, vm.file, wanted)
     machine = {name: getattr(wanted, name) for name in MachineSpec.model_fields}
-    return _queued(context, request, identifier, wanted, source | wanted.spec() | machine | _ruled(policy, wanted))
+    return _queued(context, request, identifier, wanted, {"source": vm.file, **wanted.spec(), **machine, **fields})
+
+
+def _source(
+    context: Context, kind: str, identifier: str, wanted: Convert | ConvertMachine
+) -> tuple[Record, dict[str, Any]]:
+    """Returns the record of the source, and the fields of a job that name it.
+
+    The source is this node's own, or another's, on storage where that one has appointed this node.
+    """
+    from vmconv_fleet.catalogue.appointing import own_datastore
+
+    of = wanted.of if wanted.of != context.node else None
+    record = _own(context, kind, identifier) if of is None else context.get(of, kind, identifier)
+    if record is None:
+        raise Refusal(f"{kind} {identifier} of node {of} is not known here")
+    if problem := record.body.get("problem"):
+        raise Refusal(f"{kind} {identifier} cannot be read: {problem}")
+    if of is None:
+        return record, {kind: identifier, "datastore": record.body["datastore"]}
+    mine = own_datastore(context, context.node, of, record)
+    if wanted.target_datastore is not None or not wanted.keep_source:
+        raise Refusal(f"for another node a target is made beside its source, which stays: ask node {of}")
+    return record, {kind: identifier, "of": of, "datastore": mine}
+
+
+def _policies(context: Context, of: str | None) -> list[PolicyBody]:
+    """Returns the policies of this node, and of the owner of a source that is not its own."""
+    return [policy_of(node, context) for node in dict.fromkeys((of or context.node, context.node))]
 
 
 def _queued(
@@ -228,16 +232,19 @@ def _refuse_of_another(context: Context, datastore: str) -> None:
         raise Refusal(f"datastore {datastore} is being given to node {body['give_to']}")
 
 
-def _again(before: Record, kind: str, source: str, format_name: str) -> Outcome:
+def _again(before: Record, kind: str, source: str, wanted: Convert | ConvertMachine) -> Outcome:
     """Returns the outcome for a known id: the existing job."""
-    same = (before.body.get(kind), before.body["format"]) == (source, format_name)
+    # Disks of the same name in datastores of the same name have the same id on all nodes.
+    of = wanted.of if wanted.of != before.owner else None
+    same = (before.body.get(kind), before.body.get("of"), before.body["format"]) == (source, of, wanted.format)
     if not same:
         raise Refusal(f"job {before.id} is a different conversion")
     return Outcome((), {"job": before.id, "state": before.body["state"]})
 
 
-def _refuse_trap(policy: PolicyBody, source: str, wanted: Convert | ConvertMachine) -> None:
-    """Raises Refusal if the policy would give the target a name that is a trap, such as that of the source."""
+def _refuse_trap(context: Context, source: str, wanted: Convert | ConvertMachine) -> None:
+    """Raises Refusal if the owner's policy would give the target a name that is a trap, such as that of the source."""
+    policy = policy_of(wanted.of or context.node, context)
     stem = os.path.splitext(os.path.basename(source))[0]
     name = wanted.target or policy.naming.format(
         stem=stem, suffix=f".{wanted.format}", format=wanted.format, job=wanted.job or "job"
@@ -246,10 +253,10 @@ def _refuse_trap(policy: PolicyBody, source: str, wanted: Convert | ConvertMachi
         raise Refusal(f"the target would be called {name[:80]!r}, which {problem}", hint="name another target")
 
 
-def _refuse_format(context: Context, policy: PolicyBody, name: str) -> None:
+def _refuse_format(context: Context, name: str) -> None:
+    """Raises Refusal for a format of disks that this node cannot write."""
     from vmconv_fleet.catalogue.kinds import CapabilitiesBody
 
-    refuse_ruled_out(policy, name, keep_source=True)
     known = context.get(context.node, "capabilities", "installed")
     if known is None:
         return
@@ -258,8 +265,8 @@ def _refuse_format(context: Context, policy: PolicyBody, name: str) -> None:
         raise Refusal(f"this node cannot write {name}; it writes {', '.join(writable)}")
 
 
-def _refuse_machine_format(context: Context, policy: PolicyBody, wanted: ConvertMachine) -> None:
-    """Raises Refusal for a machine format that this node cannot write, or disks of a format that it must not."""
+def _disk_format(context: Context, wanted: ConvertMachine) -> str:
+    """Returns the format of a machine's new disks. Raises Refusal for a machine format that this node cannot write."""
     from vmconv_fleet.catalogue.kinds import CapabilitiesBody
 
     known = context.get(context.node, "capabilities", "installed")
@@ -268,12 +275,11 @@ def _refuse_machine_format(context: Context, policy: PolicyBody, wanted: Convert
     if wanted.format not in writable:
         have = ", ".join(sorted(writable)) or "none"
         raise Refusal(f"this node cannot write {wanted.format} machines; it writes {have}")
-    _refuse_format(context, policy, wanted.disk_format or writable[wanted.format])
+    return wanted.disk_format or writable[wanted.format]
 
 
-def _ruled(policy: PolicyBody, wanted: Convert | ConvertMachine) -> dict[str, Any]:
+def _ruled(policy: PolicyBody) -> dict[str, Any]:
     """Returns the fields of a job from the policy."""
-    refuse_ruled_out(policy, None, keep_source=wanted.keep_source)
     return {"zero_copy": "require"} if policy.zero_copy == "require" else {}
 
 

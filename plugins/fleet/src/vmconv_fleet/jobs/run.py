@@ -157,20 +157,22 @@ class Run:
             raise Refusal(f"{kind} {identifier} cannot be read: {problem}")
         datastore, owners, rules = str(source.body["datastore"]), [node], self._policy
         if job.of is not None:
-            datastore, owners = own_datastore(view, node, job.of, source.body), [job.of]
+            datastore, owners = own_datastore(view, node, job.of, source), [job.of]
             rules = policy_of(job.of, view)
-            refuse_ruled_out(rules, job.format, keep_source=True)
+            refuse_ruled_out(rules, job.disk_format if job.vm else job.format, keep_source=True)
         for name in (datastore, job.target_datastore):
             if name is not None and name not in roots:
                 raise Refusal(f"datastore {name} no longer exists")
         refuse_beside(roots[datastore], job.target_datastore and roots[job.target_datastore], keeps=job.keep_source)
         within = _still_allowed(node, job, view, self._policy)
         usable = roots if within is None else {name: roots[name] for name in within if name in roots}
-        if is_container(roots[datastore]):
-            # The worker asks the store whose it is.
+        if job.of is not None or is_container(roots[datastore]):
             if datastore not in usable:
                 raise Refusal(f"not allowed any more: datastore {datastore}")
-        else:
+            # Whoever writes another node's records or storage reads nothing else of this node.
+            usable = {datastore: roots[datastore]}
+        # The worker asks a store whose it is.
+        if not is_container(roots[datastore]):
             for name in filter(None, (datastore, job.target_datastore)):
                 _refuse_of_another(roots[name], owners)
             # A directory on the way to the source may be a datastore of another node.
