@@ -241,7 +241,7 @@ def test_an_archive_of_several_files_is_refused(disk: Path) -> None:
 
 
 def test_a_member_without_a_name_is_refused_in_one_line(disk: Path) -> None:
-    # zipfile raises IndexError for it.
+    # zipfile raises IndexError for it, or an error of its own from Python 3.13 on.
     path = disk.with_name("nameless.zip")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x", b"")
@@ -252,7 +252,9 @@ def test_a_member_without_a_name_is_refused_in_one_line(disk: Path) -> None:
     end = data.index(b"PK\5\6")
     data[end + 12 : end + 16] = (end - at).to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(ImageError, match="cannot be decompressed as ZIP archive: string index out of range"):
+    with pytest.raises(
+        ImageError, match=r"cannot be decompressed as ZIP archive: (string index out of range|File name in directory)"
+    ):
         vmconv.convert(path, disk.with_name("new.qcow2"), decompress=True)
 
 

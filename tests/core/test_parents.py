@@ -22,6 +22,8 @@ KNOWING = ["vhd", "vhdx", "vmdk", "vdi"]
 NAMING = ["qcow2", "qed"]
 SIZE = 4 * MIB
 
+Capture = pytest.CaptureFixture[str]
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
@@ -64,6 +66,44 @@ def test_a_parent_elsewhere_is_named(disk: Path, name: str) -> None:
     assert vmconv.map_disk(child, parents=[away])[0].depth == 1
     assert vmconv.measure("raw", child, parents=[away]).required == SIZE
     assert vmconv.info(child, parents=[away])["format"] == name
+
+
+@pytest.mark.parametrize("name", [*KNOWING, *NAMING])
+def test_a_sync_from_a_layer_takes_its_parent_elsewhere(disk: Path, name: str) -> None:
+    base, child = chain(disk, name)
+    target = disk.parent / "target.raw"
+    vmconv.convert(child, target)
+    away = moved(base)
+    with pytest.raises(VmconvError):
+        vmconv.sync(child, target)
+    vmconv.sync(child, target, parents=[away])
+    assert target.read_bytes() == disk.read_bytes()
+    with pytest.raises(UsageError, match="no layer takes it"):
+        vmconv.sync(child, target, parents=[away, disk])
+
+
+@pytest.mark.parametrize("name", [*KNOWING, *NAMING])
+def test_a_rebase_takes_the_old_parent_elsewhere(disk: Path, name: str) -> None:
+    base, child = chain(disk, name)
+    empty = base.with_name(f"empty.{name}")
+    vmconv.create(empty, SIZE)
+    away = moved(base)
+    with pytest.raises(VmconvError):
+        vmconv.rebase(child, empty.name)
+    with pytest.raises(UsageError, match="no layer takes it"):
+        vmconv.rebase(child, empty.name, parents=[away, disk])
+    assert main(["rebase", "-q", "-b", empty.name, "--parent", str(away), str(child)]) == 0
+    assert vmconv.compare(child, disk)
+    assert main(["rebase", "-u", "-b", empty.name, "--parent", str(away), str(child)]) == 2
+
+
+@pytest.mark.parametrize("command", [["resize", "+1M"], ["commit"], ["convert", "new.raw"]])
+def test_the_hint_names_an_option_that_the_command_has(disk: Path, command: list[str], capsys: Capture) -> None:
+    base, child = chain(disk, "qcow2")
+    moved(base)
+    assert main([command[0], str(child), *command[1:]]) == 1
+    hint = capsys.readouterr().err.partition("hint: ")[2]
+    assert "rebase -u" in hint and ("--parent" in hint) == (command[0] == "convert")
 
 
 @pytest.mark.parametrize("name", NAMING)

@@ -398,6 +398,12 @@ class Outcome(NamedTuple):
         return f"{how:10}{self.seconds:4.0f} s  {self.made}"
 
 
+def _end(*_: object) -> None:
+    """Ends this process by a signal, once: then it unmounts and removes what it has made, and a second one waits."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit("ended by a signal")
+
+
 class Worker:
     """Tries mistakes in a tree of its own."""
 
@@ -406,7 +412,7 @@ class Worker:
     @classmethod
     def begin(cls, original: Path, *parents: Path) -> None:
         # The pool ends its workers by this signal.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        signal.signal(signal.SIGTERM, _end)
         cls.tree = trials.Tree(original, *(parent / str(os.getpid()) for parent in parents))
 
     @classmethod
@@ -465,8 +471,7 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=0.95, help="share that has to be noticed (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="say of each mistake what became of it")
     options = parser.parse_args()
-    # Ended, it still unmounts and removes what it has made.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    signal.signal(signal.SIGTERM, _end)
     chosen = _chosen(options.rooms, None if options.all else options.count, random.Random(options.seed))
     tried, noticed = Counter[str](), Counter[str]()
     for outcome in _outcomes(chosen, options.workers):

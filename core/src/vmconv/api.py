@@ -484,6 +484,7 @@ def sync(
     force_share: bool = False,
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
+    parents: Iterable[StrPath] = (),
     verify: bool | Verify = True,
     announce: Callable[[SyncPlan], None] | None = None,
     progress: Progress | None = None,
@@ -527,6 +528,7 @@ def sync_plan(
     force_share: bool = False,
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
+    parents: Iterable[StrPath] = (),
 ) -> SyncPlan:
     """Returns what `sync` would do with the same arguments; writes nothing."""
     given = locals()
@@ -833,6 +835,7 @@ def rebase(
     source_format: str | None = None,
     keep_undo: bool = False,
     allow_external: Iterable[StrPath] = (),
+    parents: Iterable[StrPath] = (),
     announce: Callable[[Plan], None] | None = None,
 ) -> Edited | RebaseResult:
     """Gives the layer in `path` another parent, or none for an empty name.
@@ -846,6 +849,8 @@ def rebase(
     from vmconv.interface.arguments import Rebasing, checked
 
     asked = checked(Rebasing, **given)
+    if asked.parents and asked.unsafe:
+        raise UsageError("--parent: with -u no parent is opened", hint="-b names the one that is there now")
     if asked.keep_undo and not asked.unsafe:
         raise UsageError("--keep-undo is for -u", hint="without it, the old file is whole until the new one is")
     with _errors():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vmconv.cli.options import add_allow_external, add_format, add_keep_undo, add_output, add_report
+from vmconv.cli.options import add_allow_external, add_format, add_keep_undo, add_output, add_parent, add_report
 from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_report(parser)
     add_output(parser)
     add_allow_external(parser)
+    add_parent(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -51,6 +52,7 @@ def _run(options: argparse.Namespace) -> int:
         source_format=options.format_f,
         keep_undo=options.keep_undo,
         allow_external=options.allow_external,
+        parents=options.parents,
         announce=report_of(options).announce,
     )
     if isinstance(result, RebaseResult):

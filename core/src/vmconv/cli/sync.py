@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_access, add_format, add_making, add_options, add_output, add_snapshot
+from vmconv.cli.options import add_access, add_format, add_making, add_options, add_output, add_parent, add_snapshot
 from vmconv.cli.output import say
 from vmconv.cli.verbs import Verb
 
@@ -71,6 +71,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     add_output(parser)
     add_access(parser)
+    add_parent(parser)
     add_making(parser)
 
 

@@ -51,6 +51,9 @@ def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> R
         settle=refuse_interrupted if asked.relative else settle,
     ) as opener:
         image = opener.image(asked.path, asked.source_format)
+        # A parent that is missing is an error of its own, with its hint.
+        for _ in image.chain():
+            pass
         size = image.size + asked.size if asked.relative else asked.size
         _refuse(image, size, shrink=asked.shrink)
         refuse_undo_file(image.file)

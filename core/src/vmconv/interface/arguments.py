@@ -286,7 +286,10 @@ class Snapshotting(NamedTuple):
 
 
 class Rebasing(NamedTuple):
-    """A layer that gets another parent, or none for an empty name; with `unsafe` only the stored name changes."""
+    """A layer that gets another parent, or none for an empty name; with `unsafe` only the stored name changes.
+
+    `parents` are those of layers whose parent, up to now, is not where they say.
+    """
 
     path: FilePath
     backing_file: str
@@ -295,6 +298,7 @@ class Rebasing(NamedTuple):
     source_format: str | None = None
     keep_undo: bool = False
     allow_external: FilePaths = ()
+    parents: FilePaths = ()
 
     @property
     def editing(self) -> Editing:

@@ -77,8 +77,8 @@ class Opener:
     opens only files in `allow_external`: also the file that the user named has to lie there, wherever directories are
     renamed or replaced by links meanwhile. `remote` allows the user to name URLs; images name one only with a
     directory of URLs in `allow_external`. `parents` are files that the user names as parents of layers
-    whose parent is not where they say, from the top down. `spool` returns the content of standard input, or of a pipe
-    that is open, as a file.
+    whose parent is not where they say, from the top down; None for a caller that takes none. `spool` returns the
+    content of standard input, or of a pipe that is open, as a file.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Opener:
         secrets: Secrets | Iterable[str] | None = None,
         remote: bool = False,
         spool: Callable[[str], File] | None = None,
-        parents: GivenParents | Iterable[str] = (),
+        parents: GivenParents | Iterable[str] | None = None,
     ) -> None:
         self.registry = registry
         self.files: list[File] = []
@@ -346,7 +346,8 @@ class Opener:
             what = f"{origin.name}: {role} {reference!r} does not exist"
             hint = f"if it is {base} beside the image, name that in the image (vmconv rebase -u)"
             if role == _PARENT:
-                hint = f"if it is {base} beside the image, --parent {near}; vmconv rebase -u stores that name"
+                way = f"--parent {near}; " if self.given.are_taken else ""
+                hint = f"if it is {base} beside the image, {way}vmconv rebase -u stores that name"
             raise AccessError(what, hint=hint if near else f"put {base} beside the image") from FileNotFoundError(path)
         return path
 
@@ -477,7 +478,7 @@ class Opener:
                 if time.monotonic() > end:
                     raise ImageError(
                         f"{origin.name}: the search for its parent has ended after {MAX_SEARCH_SECONDS:g} seconds",
-                        hint="--parent names it",
+                        hint="--parent names it" if self.given.are_taken else "vmconv rebase -u stores its name",
                     )
                 try:
                     fits = refusal(self._read(one, file)) is None
@@ -488,7 +489,7 @@ class Opener:
         if len(found) > 1:
             raise ImageError(
                 f"{origin.name}: {found[0]} and {found[1]} both have the identity of its parent",
-                hint="--parent names the right one",
+                hint="--parent names the right one" if self.given.are_taken else "move the other one away",
             )
         return found[0] if found else None
 
@@ -498,7 +499,8 @@ class Opener:
             file = self.related(origin, reference, _PARENT, moved=moved)
         except AccessError as exc:
             if isinstance(exc.__cause__, FileNotFoundError):
-                exc.hint = exc.hint or "--parent FILE names it where it is now, vmconv rebase -u stores its new name"
+                way = "--parent FILE names it where it is now, " if self.given.are_taken else ""
+                exc.hint = exc.hint or f"{way}vmconv rebase -u stores its new name"
             raise
         return self._as_parent(origin, file, repr(reference), format_name)
 

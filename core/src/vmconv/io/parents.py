@@ -11,11 +11,13 @@ from vmconv.model.sources import File
 class GivenParents:
     """Files that the user names as parents, in the order of the layers from the top down.
 
-    A layer keeps the parent that it got, however often it is read.
+    A layer keeps the parent that it got, however often it is read. `paths` is None for a caller that takes none, such
+    as a command that keeps the stored name.
     """
 
-    def __init__(self, paths: Iterable[str] = ()) -> None:
-        self._paths = tuple(dict.fromkeys(paths))
+    def __init__(self, paths: Iterable[str] | None = None) -> None:
+        self.are_taken = paths is not None
+        self._paths = tuple(dict.fromkeys(paths or ()))
         self._taken: dict[tuple[int, int], str] = {}
 
     def __bool__(self) -> bool:

@@ -56,6 +56,7 @@ def prepared(request: SyncRequest, comparing: Progress | None = None) -> Iterato
             asked = request.conversion(None, force=True)
             opener = stack.enter_context(asked.opener(registry))
             image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+            opener.given.refuse_unused()
             if image.kind != "disk":
                 raise UsageError(
                     f"{image.file.name}: is a memory image, and only disks are synced", hint="convert it again"

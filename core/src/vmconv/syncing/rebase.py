@@ -73,6 +73,7 @@ def rebase(asked: Rebasing, announce: Callable[[Plan], None] | None = None) -> R
         target_format=asked.source_format,
         record=False,
         allow_external=asked.allow_external,
+        parents=asked.parents,
     )
     settle(asked.path)
     with ExitStack() as stack:
