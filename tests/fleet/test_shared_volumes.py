@@ -280,3 +280,37 @@ def test_only_appointed_nodes_make_the_owner_look(pair: Sequence[Node]) -> None:
     for job in jobs:
         scanner._notice([job])
         assert scanner._changed(one.service.view()) == {"ds"}
+
+
+# -- the end of an appointment
+
+
+def owned(node: Node, by: Node) -> Record:
+    """Returns the record of a node's datastore once it says whose the storage is."""
+    return node.body_when(node.id, "datastore", "ds", lambda one: one.body.get("owner") == by.id)
+
+
+def test_a_storage_that_comes_back_has_no_appointed_nodes(pair: Sequence[Node]) -> None:
+    one, other = pair
+    assert ask(one, one, "datastore-appoint", name="ds", nodes=[other.id]).body["ok"]
+    for giver, taker in ((one, other), (other, one)):
+        giver.body_when(taker.id, "datastore", "ds", lambda now, giver=giver: now.body.get("owner") == giver.id)
+        assert ask(giver, giver, "datastore-give", name="ds", to=taker.id).body["ok"]
+        for node in pair:
+            owned(node, taker)
+    assert "converters" not in owned(one, one).body
+
+
+def test_another_directory_at_the_path_has_no_appointed_nodes(pair: Sequence[Node], folders: tuple[Path, Path]) -> None:
+    one, other = pair
+    assert ask(one, one, "datastore-appoint", name="ds", nodes=[other.id]).body["ok"]
+    before = owned(one, one).body["storage"]
+    moved = folders[0].with_name("moved")
+    folders[0].rename(moved)
+    try:
+        folders[0].mkdir()
+        assert ask(one, one, "scan").body["ok"]
+        now = one.body_when(one.id, "datastore", "ds", lambda now: now.body["storage"] != before)
+        assert "converters" not in now.body
+    finally:
+        subprocess.run(["rm", "-r", moved], check=True)

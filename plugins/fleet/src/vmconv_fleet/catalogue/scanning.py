@@ -341,4 +341,8 @@ def _datastore(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str,
     # What was asked for after the scan began is done by the next one.
     done = _ACTS if before.get("scan_asked_ms") == found.get("scan_answered_ms") else ()
     kept = {key: value for key, value in before.items() if key != "problem" and key not in done}
-    return {**kept, **found, "path": before["path"]}
+    body = {**kept, **found, "path": before["path"]}
+    if any(body.get(name) != before.get(name) for name in ("storage", "owner")):
+        # They were appointed for that storage, by its owner of then.
+        body.pop("converters", None)
+    return body
