@@ -250,6 +250,36 @@ def test_without_its_mount_a_node_fails_its_job_and_with_it_converts_again(pair:
     assert pair.is_whole("a.raw")
 
 
+def test_a_job_stays_in_its_directory_and_is_finished_when_its_appointment_ends(pair: Pair) -> None:
+    """The directory is renamed from the other mount, and another one gets its name."""
+    pair.see("a.raw")
+    pair.appoint()
+    pipe = pair.gate(APPOINTED)
+    pair.convert(APPOINTED, "a.raw", "first")
+    assert pipe.read_text() == "here\n"
+    pair.fleet(OWNER, "datastore", "appoint", "ds", "--nodes", "none")
+    moved = pair.folder.rename(pair.folder.with_name("moved"))
+    pair.folder.mkdir()
+    try:
+        Path(f"{pipe}.go").write_text("")
+        body = pair.ended(APPOINTED, "first")
+        assert body["state"] == "done", body
+        assert pair.names() == set()
+        assert {*os.listdir(moved)} - {FILE} == {"a.raw", "a.qcow2"}
+    finally:
+        shutil.rmtree(pair.folder)
+        moved.rename(pair.folder)
+    assert pair.is_whole("a.raw")
+    wait_until(lambda: not pair.datastore(APPOINTED, OWNER).get("converters"), PATIENCE, "the other one knows it")
+    again = pair.nodes[APPOINTED].ask(
+        "request",
+        target=pair.id(APPOINTED),
+        verb="convert",
+        arguments={"disk": pair.disks(APPOINTED)["a.raw"], "format": "vhdx", "of": pair.id(OWNER)},
+    )
+    assert "has not appointed this node" in again["reason"]
+
+
 def test_machines_are_spread_where_the_storage_has_one_path(
     lab: Lab,
     network: Callable[[int], Network],
