@@ -89,6 +89,25 @@ def test_a_record_that_cannot_be_read_stops_the_removal(published: Container) ->
     assert published.names(published.own) == before
 
 
+def test_only_what_publications_make_is_removed(published: Container) -> None:
+    """Somebody else has put objects into vmconv's container, one with a name that leads to another container."""
+    theirs = [f"../{published.name}/precious.raw", "mine.txt", "notes/owner", "payload/short", "payload/" + "x" * 64]
+    for name in ("precious.raw", "precious2.raw"):
+        published.put(name, b"x")
+    for name in theirs:
+        published.put(name, b"theirs", container=published.own)
+    assert unpublish(published.url("disk.qcow2")) == 0
+    let_time_pass()
+    assert collected(published) == 0
+    assert published.names() == ["precious.raw", "precious2.raw"]
+    assert published.names(published.own) == theirs
+    # A record that leads elsewhere says nothing about what is used.
+    published.put(f"records/../../{published.name}/precious.raw", b"x", container=published.own)
+    let_time_pass()
+    assert collected(published) == 1
+    assert published.names() == ["precious.raw", "precious2.raw"]
+
+
 def test_what_is_used_again_while_it_is_removed_stays(
     published: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,6 +258,9 @@ class Client:
         payload: bool = False,
         limit: int = _WORDS,
     ) -> Answer:
+        if {".", ".."} & set(path.partition("?")[0].split("/")):
+            # The library below resolves such parts, and would ask for another object.
+            raise AccessError(f"{said}: has a part . or .. in its path")
         url = self.cloud.endpoint + path
         return self._request(method, url, said, body, headers or {}, good, payload=payload, limit=limit)
 

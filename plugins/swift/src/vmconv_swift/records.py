@@ -7,6 +7,7 @@ its object appears. A record counts while it is young, or while its object exist
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,8 @@ MARK = "X-Container-Meta-Vmconv"
 PREFIX = "records/"
 NOTES = "notes/"
 """The beginning of names of objects that no publication makes, and that stay."""
+_MADE = re.compile(r"(payload|metadata|encoded|manifests)/[0-9a-f]{64}|zeros/[0-9]{1,9}|candidates/[0-9a-f-]{1,80}")
+"""Names that publications give to what they make, besides records. Nothing else is removed."""
 _MAX_RECORD = 256 << 20
 _VERSION = 1
 
@@ -108,7 +111,7 @@ def unused(client: Client, container: str, grace: float) -> Iterator[Unused]:
     """
     own = own_container(container)
     # Listed before the records are read: an object that a later record names is missing here, or is touched.
-    entries = [entry for entry in client.listing(own) if not entry.name.startswith((PREFIX, NOTES))]
+    entries = [entry for entry in client.listing(own) if _MADE.fullmatch(entry.name)]
     before = client.now() - grace
     used: set[str] = set()
     dead: list[Unused] = []
