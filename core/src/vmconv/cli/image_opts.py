@@ -36,9 +36,10 @@ def named(text: str, format_name: str | None, *, image_opts: bool) -> tuple[str,
 def _source(given: dict[str, str]) -> tuple[str, str]:
     unknown = sorted(given.keys() - _KEYS)
     if unknown:
-        raise UsageError(
-            f"{unknown[0]}={given[unknown[0]]}: is not taken", hint=f"of QEMU's options: {', '.join(sorted(_KEYS))}"
-        )
+        hint = f"of QEMU's options: {', '.join(sorted(_KEYS))}"
+        if given.get("driver") == "raw" and unknown[0] in ("offset", "size"):
+            hint = "vmconv convert --offset and --length take a part of the disk"
+        raise UsageError(f"{unknown[0]}={given[unknown[0]]}: is not taken", hint=hint)
     driver, protocol = given.get("driver"), given.get("file.driver", "file")
     if driver in _FILE_DRIVERS and "filename" in given and not any(key.startswith("file.") for key in given):
         return given["filename"], "raw"
@@ -80,8 +81,11 @@ def _flat(members: dict[str, Any], above: str) -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{above}{key}.")
         elif isinstance(value, str):
             yield f"{above}{key}", value
-        else:
+        elif f"{above}{key}" in _KEYS:
             raise UsageError(f"{above}{key}: is not text")
+        else:
+            # It is refused by its key.
+            yield f"{above}{key}", json.dumps(value)
 
 
 def _add(given: dict[str, str], key: str, value: str) -> None:
