@@ -196,3 +196,51 @@ def test_a_listing_that_is_late_does_no_harm(
     assert publish(published.url("copy.vmdk"), published.url("again.vhdx")) == 1
     assert late[0].name in capsys.readouterr().err
     assert published.names() == ["copy.vmdk", "disk.qcow2"]
+
+
+def test_a_publication_that_the_store_does_not_find_for_a_moment_keeps_its_payload(
+    published: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While devices are away, the store answers 404 for what it has; its listing has the object."""
+    payload, head = published.segments(), Client.head
+    let_time_pass()
+
+    def missing(self: Client, where: ObjectName, **named: Any) -> Any:
+        return None if where.container == published.name else head(self, where, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "head", missing)
+        assert collected(published) == 0
+    assert published.segments() == payload
+    assert vmconv.compare(str(disk), published.url("disk.qcow2"))
+    published.swift.request("DELETE", f"/{published.name}/disk.qcow2")
+    # The name of another object begins with its name.
+    published.put("disk.qcow2.old", b"x")
+    assert collected(published) == 0
+    assert published.names(published.own) == []
+
+
+def test_what_is_unused_is_removed_when_its_container_has_gone(published: Container) -> None:
+    assert published.swift.request("DELETE", f"/{published.name}/disk.qcow2").status == 204
+    assert published.swift.request("DELETE", f"/{published.name}").status == 204
+    let_time_pass()
+    assert collected(published) == 0
+    assert published.names(published.own) == []
+
+
+def test_removal_asks_all_replicas(published: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has missed a touch would make an object look old."""
+    asked: list[tuple[str, bool]] = []
+    head = Client.head
+
+    def noted(self: Client, where: ObjectName, *, newest: bool = False) -> Any:
+        asked.append((where.name, newest))
+        return head(self, where, newest=newest)
+
+    published.swift.request("DELETE", f"/{published.name}/disk.qcow2")
+    before = published.names(published.own)
+    let_time_pass()
+    monkeypatch.setattr(Client, "head", noted)
+    assert collected(published) == 0
+    assert {name for name, _ in asked} == {"disk.qcow2", *before}
+    assert all(newest for _, newest in asked)

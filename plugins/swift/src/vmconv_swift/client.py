@@ -99,9 +99,10 @@ class Client:
 
     # -- objects
 
-    def head(self, where: ObjectName) -> Found | None:
-        """Returns what is known of an object; None if there is none."""
-        answer = self._ask("HEAD", where.quoted, self.shown(where), good=(200, 204, 404))
+    def head(self, where: ObjectName, *, newest: bool = False) -> Found | None:
+        """Returns what is known of an object; None if there is none. `newest` asks all of its replicas."""
+        headers = {"X-Newest": "true"} if newest else {}
+        answer = self._ask("HEAD", where.quoted, self.shown(where), headers=headers, good=(200, 204, 404))
         return None if answer.status == 404 else self._found(answer, where)
 
     def read(self, where: ObjectName, limit: int, query: str = "") -> bytes:

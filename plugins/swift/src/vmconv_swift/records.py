@@ -132,14 +132,25 @@ def _looked_at(client: Client, own: str, entry: Any, before: float) -> tuple[str
     counts = entry.modified >= before
     if not counts and record.etag is not None:
         container, _, name = record.target.removeprefix("/").partition("/")
-        found = client.head(ObjectName(container, name))
-        counts = found is not None and found.etag == record.etag
+        target = ObjectName(container, name)
+        found = client.head(target, newest=True)
+        # While devices are away or data moves, the store may not find an object that it has.
+        counts = (found is not None and found.etag == record.etag) or _is_listed(client, target, record.etag)
     return entry.name, entry.size, record, counts
+
+
+def _is_listed(client: Client, where: ObjectName, etag: str) -> bool:
+    """Returns whether the container's listing has an object with this ETag."""
+    if client.container(where.container) is None:
+        return False
+    # A name sorts before all others that begin with it.
+    first = next(client.listing(where.container, where.name), None)
+    return first is not None and (first.name, first.etag) == (where.name, etag)
 
 
 def remove(client: Client, one: Unused, grace: float) -> bool:
     """Removes an unused object unless somebody has touched it meanwhile; returns whether it did."""
-    found = client.head(one.where)
+    found = client.head(one.where, newest=True)
     if found is None or found.modified >= found.now - grace:
         return False
     return client.delete(one.where)
