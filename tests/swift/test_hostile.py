@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from hashlib import md5
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from support.swift import CLOUD
 from vmconv.errors import ImageError, ReadError, VmconvError
 from vmconv_swift import manifest
 from vmconv_swift.client import Client, _rows
-from vmconv_swift.cloud import cloud_of
+from vmconv_swift.cloud import Cloud, cloud_of
 from vmconv_swift.manifest import body_of, etag_of, parsed, windows_of
 from vmconv_swift.names import ObjectName
 
@@ -279,3 +281,56 @@ def test_a_long_answer_is_not_read(container: Container) -> None:
     assert len(client.read(where, 4 * MIB)) == 4 * MIB
     with pytest.raises(VmconvError, match=f"long: has more than {MIB} bytes"):
         client.read(where, MIB)
+
+
+def expiring(container: Container, name: str, within: str) -> None:
+    answer = container.swift.request("POST", f"/{within}/{name}", headers={"X-Delete-After": "86400"})
+    assert answer.status == 202
+    assert "x-delete-at" in container.swift.request("HEAD", f"/{within}/{name}").headers
+
+
+def test_what_expires_is_not_adopted(container: Container, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    container.put("theirs.raw", disk.read_bytes())
+    expiring(container, "theirs.raw", container.name)
+    assert publish("--adopt", container.url("theirs.raw"), container.url("adopted.qcow2")) == 1
+    assert "theirs.raw: expires" in capsys.readouterr().err
+    assert container.names() == ["theirs.raw"]
+    assert publish(container.url("theirs.raw"), container.url("copied.qcow2")) == 0
+
+
+@pytest.mark.parametrize("from_store", [False, True], ids=["file", "object"])
+def test_payload_that_would_expire_stays_once_it_is_used(published: Container, disk: Path, from_store: bool) -> None:
+    for name in (*published.segments(), f"zeros/{4 * MIB}"):
+        expiring(published, name, published.own)
+    assert publish(published.url("disk.qcow2") if from_store else disk, published.url("again.vmdk")) == 0
+    for name in (*published.segments(), f"zeros/{4 * MIB}"):
+        assert "x-delete-at" not in published.swift.request("HEAD", f"/{published.own}/{name}").headers
+
+
+@pytest.mark.parametrize("request_", [Client.touch, Client.delete])
+def test_a_page_instead_of_an_answer_is_an_error(
+    request_: Callable[[Client, ObjectName], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something between here and the store answers 200 to everything."""
+
+    class Page(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "6")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        do_POST = do_DELETE = answer  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OS_STORAGE_URL", f"http://127.0.0.1:{server.server_port}/v1/AUTH_x")
+        monkeypatch.setenv("OS_AUTH_TOKEN", "token")
+        cloud = Cloud("-")
+        with pytest.raises(VmconvError, match="the store answers 200"):
+            request_(Client(cloud), ObjectName("c", "o"))
+        cloud.session.session.close()
+        server.shutdown()

@@ -240,8 +240,13 @@ class Publication(Transaction):
         found = self.client.head(where)
         if found is None or (found.etag, found.size) != (etag, size):
             return False
-        # Another's object is left as it is.
-        return where.container != self.own or found.now - found.modified < _FRESH or self.client.touch(where)
+        if where.container != self.own:
+            # Another's object is left as it is.
+            if found.expires:
+                raise AccessError(f"{self.client.shown(where)}: expires", hint="without --adopt it is copied")
+            return True
+        # A touch also takes away the time at which an object expires.
+        return (found.now - found.modified < _FRESH and not found.expires) or self.client.touch(where)
 
     # -- making
 

@@ -52,6 +52,11 @@ class Found(NamedTuple):
     now: float
     headers: Mapping[str, str]
 
+    @property
+    def expires(self) -> bool:
+        """Whether the store will remove it at a time that was set."""
+        return "X-Delete-At" in self.headers
+
 
 class Answer(NamedTuple):
     """An answer of the store; `cut` is True if its body was longer than what was read. `tries` is its number."""
@@ -171,12 +176,12 @@ class Client:
 
     def touch(self, where: ObjectName) -> bool:
         """Makes an object as young as a new one; False if there is none."""
-        answer = self._ask("POST", where.quoted, self.shown(where), good=(200, 202, 204, 404))
+        answer = self._ask("POST", where.quoted, self.shown(where), good=(202, 404))
         return answer.status != 404
 
     def delete(self, where: ObjectName) -> bool:
         """Deletes an object, never the segments of a large one; False if there is none."""
-        answer = self._ask("DELETE", where.quoted, self.shown(where), good=(200, 204, 404))
+        answer = self._ask("DELETE", where.quoted, self.shown(where), good=(204, 404))
         return answer.status != 404
 
     # -- containers

@@ -106,7 +106,8 @@ class Piece(StoreFile):
     def look(self, client: Client) -> None:
         """Finds out whether the store has it."""
         found = client.head(self.where)
-        self.there = found is not None and (found.etag, found.size) == (self.etag, self.size)
+        # What would expire is sent again, and stays then.
+        self.there = found is not None and (found.etag, found.size, found.expires) == (self.etag, self.size, False)
 
 
 class Staged(NamedTuple):
