@@ -9,10 +9,11 @@ import os
 import queue
 import re
 import socket
+import sqlite3
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import pytest
 from fleet.in_memory import Node, nodes
 from fleet.serving import Served, served, tls_files
 from vmconv.errors import AccessError, UsageError, VmconvError
+from vmconv_fleet import supervision
 from vmconv_fleet.api.asking import Answer
 from vmconv_fleet.config import NodeConfig, load, save
 from vmconv_fleet.deadline import Deadline, TimedConnection
@@ -494,6 +496,38 @@ def test_the_queue_of_a_webhook_is_bounded(tmp_path: Path, monkeypatch: pytest.M
     assert (first.id, box.waiting("h"), box.hooks()) == ("e2", 3, {"h": 5})
     assert os.stat(tmp_path / outbox.FILE).st_mode & 0o777 == 0o600
     box.close()
+
+
+def test_a_full_outbox_says_so_and_takes_events_again(tmp_path: Path) -> None:
+    with closing(Outbox(str(tmp_path))) as box:
+        box.begin("h", 0)
+        (pages,) = box._connection.execute("PRAGMA page_count").fetchone()
+        box._connection.execute(f"PRAGMA max_page_count = {pages + 5}")
+        with pytest.raises(sqlite3.Error, match="database or disk is full"):
+            box.add("h", [(f"e{n}", bytes(1000), n) for n in range(100)], 5)
+        assert (box.waiting("h"), box.hooks()) == (0, {"h": 0})
+        assert box.add("h", [("e0", b"", 0)], 5) == 0
+        assert (box.waiting("h"), box.hooks()) == (1, {"h": 5})
+
+
+def test_a_damaged_outbox_can_be_removed_while_the_node_runs(
+    node: Node, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "SOONEST", 0.02)
+    with hooked(node) as hooks:
+        add(node, receiver.url, "job.done")
+        node.write(Change("job", "j1", job("done")))
+        receiver.next()
+        wait_until(lambda: hooks.counters["delivered"] == 1, PATIENCE, "a delivery")
+        path = node.directory / outbox.FILE
+        with closing(sqlite3.connect(path)) as damaging:
+            damaging.execute("DROP TABLE message")
+        for file in path.parent.glob(f"{outbox.FILE}*"):
+            file.unlink()
+        node.write(Change("job", "j2", job("done")))
+        assert [json.loads(receiver.next().body)["data"]["id"] for _ in range(2)] == ["j1", "j2"]
+        wait_until(lambda: hooks.thread.problem() is None, PATIENCE, "it works")
+    assert receiver.got.empty()
 
 
 def test_an_event_is_given_up_after_a_day(node: Node, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,4 +106,10 @@ class _Transaction:
         self._connection.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, *_exc: object) -> None:
-        self._connection.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            if kind is None:
+                self._connection.execute("COMMIT")
+        finally:
+            # On a full disk SQLite has ended the transaction itself.
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")

@@ -98,7 +98,11 @@ class Webhooks:
     # On the thread of the webhooks
 
     def _run(self, works: Callable[[], None]) -> None:
-        # After a failure the records that were taken are read again.
+        # After a failure the file is opened again, which may be another one, and the records that were taken are read
+        # again.
+        if self._outbox is not None:
+            self._outbox.close()
+            self._outbox = None
         self._complete.clear()
         self._look()
         while not self._ending.is_set():
