@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,22 @@ def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_an_invalid_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.sqlite"
     path.write_bytes(b"no database" * 1000)
-    with pytest.raises(StoreError, match="not a database"):
+    with pytest.raises(StoreError, match="not a database") as caught:
         Store.open(str(path), NODE)
+    assert "move its store.sqlite* away" in (caught.value.hint or "")
+
+
+def test_a_database_that_is_damaged_while_the_node_runs_says_what_helps(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    Store.open(str(path), NODE).close()
+    with closing(Store.open(str(path), NODE)) as store, closing(store.reader()) as reader:
+        size = path.stat().st_size
+        with open(path, "r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * (size - 4096))
+        with pytest.raises(StoreError, match="malformed") as caught:
+            reader.find("note")
+        assert "move its store.sqlite* away" in (caught.value.hint or "")
 
 
 def test_an_atomic_block_that_fails_leaves_nothing(store: Store) -> None:

@@ -59,6 +59,17 @@ _STRAYS_BY_KEY = "CREATE INDEX IF NOT EXISTS strays_by_key ON strays (kind, id, 
 """Made at each start: earlier versions ignore it."""
 
 
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def store_error(where: str, exc: sqlite3.Error) -> StoreError:
+    """Returns the error to raise for a failure of SQLite; one of a damaged file says what helps."""
+    # The lower byte is the primary code. Errors of Python's module have none.
+    damaged = getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+    hint = "end the node, move its store.sqlite* away, run it again: it takes its records from the other members"
+    return StoreError(f"{where}: {exc}", hint=hint if damaged else None)
+
+
 def open_writer(path: str) -> sqlite3.Connection:
     """Opens or creates the database for its only writer."""
     try:
@@ -69,7 +80,7 @@ def open_writer(path: str) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
     except sqlite3.Error as exc:
-        raise StoreError(f"{path}: {exc}") from exc
+        raise store_error(path, exc) from exc
     return connection
 
 
@@ -82,7 +93,7 @@ def open_reader(path: str) -> sqlite3.Connection:
         connection.execute("PRAGMA query_only = ON")
         connection.create_function("fits", 2, _fits, deterministic=True)
     except sqlite3.Error as exc:
-        raise StoreError(f"{path}: {exc}") from exc
+        raise store_error(path, exc) from exc
     return connection
 
 
@@ -111,7 +122,7 @@ def prepare(connection: sqlite3.Connection, node: str) -> None:
         if owner == node and 0 < version < VERSION:
             _migrate(connection, version)
     except sqlite3.Error as exc:
-        raise StoreError(f"database: {exc}") from exc
+        raise store_error("database", exc) from exc
     if owner != node:
         raise StoreError(f"database belongs to node {owner}, not to {node}")
 

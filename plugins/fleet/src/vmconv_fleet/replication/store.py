@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from vmconv_fleet.errors import StoreError
-from vmconv_fleet.replication.database import Transactions, open_reader, open_writer, prepare
+from vmconv_fleet.replication.database import Transactions, open_reader, open_writer, prepare, store_error
 from vmconv_fleet.replication.epochs import ID, KIND, History, history_of
 from vmconv_fleet.replication.indexing import ALL, Index, Indexes, Where
 from vmconv_fleet.replication.records import START, STATE_MODULUS, Position, Record, fingerprint, payload_of, restore
@@ -138,7 +138,7 @@ class ReplicaView:
         try:
             return self._connection.execute(query, arguments).fetchall()
         except sqlite3.Error as exc:
-            raise StoreError(f"database: {exc}") from exc
+            raise store_error("database", exc) from exc
 
 
 _LIVE = "SELECT wire FROM records WHERE kind = ? AND NOT deleted"
@@ -164,7 +164,7 @@ class Reader(ReplicaView):
                 self._connection.set_progress_handler(lambda: time.monotonic() > until, _STEPS)
             except sqlite3.ProgrammingError as exc:
                 # The node ends.
-                raise StoreError(f"database: {exc}") from exc
+                raise store_error("database", exc) from exc
             return super()._rows(query, *arguments)
 
 
@@ -219,7 +219,7 @@ class Store(ReplicaView):
         except BaseException as exc:
             self._load()
             if isinstance(exc, sqlite3.Error):
-                raise StoreError(f"database: {exc}") from exc
+                raise store_error("database", exc) from exc
             raise
 
     @contextmanager

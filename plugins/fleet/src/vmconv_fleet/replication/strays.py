@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable
 
-from vmconv_fleet.errors import StoreError
+from vmconv_fleet.replication.database import store_error
 from vmconv_fleet.replication.records import Record, restore
 
 MAX_RECORDS = 100_000
@@ -53,7 +53,7 @@ class Strays:
         try:
             rows = self._connection.execute("SELECT wire FROM strays ORDER BY epoch, seq, wire").fetchall()
         except sqlite3.Error as exc:
-            raise StoreError(f"database: {exc}") from exc
+            raise store_error("database", exc) from exc
         return [restore(wire) for (wire,) in rows]
 
     def clear(self) -> None:
