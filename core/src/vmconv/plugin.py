@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.interface.hooks import OLDEST_INTERFACE, VMCONV_INTERFACE
 
 if TYPE_CHECKING:
+    from vmconv.backends.planned import PlannedOutput
     from vmconv.cli.options import (
         Parser,
         SetOptions,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         add_options,
         add_output,
         add_parent,
+        add_report,
         add_secret,
         formatter,
     )
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
     from vmconv.io.registry import Registry, installed
     from vmconv.io.remote import RemoteFile
     from vmconv.io.schemes.http import HttpObject, Place
+    from vmconv.io.schemes.s3 import S3Location
     from vmconv.machine.beginning import Beginning
     from vmconv.machine.decoding import NewFile
     from vmconv.model.bitmaps import DirtyBitmap
@@ -125,7 +128,7 @@ if TYPE_CHECKING:
     from vmconv.model.layout import Allocation, Backing, Layout, OutFile, Placement, Reference, Scratch
     from vmconv.model.options import Identified, Size, describe, option, parse_size
     from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
-    from vmconv.model.plan import FilePlan, Plan, Progress, ShareSteps
+    from vmconv.model.plan import Action, FilePlan, Plan, Progress, ShareSteps
     from vmconv.model.references import Dependency, Record, read_records, refer
     from vmconv.model.sources import (
         Blob,
@@ -148,6 +151,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "add_making": "cli.options",
+    "add_report": "cli.options",
+    "PlannedOutput": "backends.planned",
+    "S3Location": "io.schemes.s3",
+    "Action": "model.plan",
     "say": "cli.output",
     "show_plan": "cli.plan",
     "run_and_report": "cli.report",
@@ -327,6 +334,7 @@ __all__ = [
     "VMCONV_INTERFACE",
     "Access",
     "AccessError",
+    "Action",
     "Adapted",
     "Allocation",
     "Backend",
@@ -389,6 +397,7 @@ __all__ = [
     "Placement",
     "Plan",
     "PlanError",
+    "PlannedOutput",
     "PluginError",
     "Progress",
     "ProgressBar",
@@ -402,6 +411,7 @@ __all__ = [
     "Remote",
     "RemoteFile",
     "Reserved",
+    "S3Location",
     "Scheme",
     "Scratch",
     "SecretError",
@@ -431,6 +441,7 @@ __all__ = [
     "add_options",
     "add_output",
     "add_parent",
+    "add_report",
     "add_secret",
     "blocks",
     "clip_to_sources",

@@ -269,6 +269,8 @@ def _prepared_elsewhere(*requests: Request) -> Iterator[Prepared]:
         )
         for conversion in conversions:
             _refuse_several_files(conversion)
+        if storage:
+            conversions = tuple(each._replace(plan=storage.planned(each.plan)) for each in conversions)
         plan = merge_plans([conversion.plan for conversion in conversions])
         begin: Callable[[], Transaction] = partial(stream.send, opener.files)
         if storage:

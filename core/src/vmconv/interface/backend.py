@@ -181,6 +181,10 @@ class ObjectBackend(Backend):
         Called before `survey`, whose `refusals` are for those of the files that have to be sent. Changes nothing.
         """
 
+    def planned(self, plan: Plan) -> Plan:
+        """Returns the plan of one image with what only the backend knows, such as how bytes are copied."""
+        return plan
+
     @abstractmethod
     def start(self, sources: Sequence[File], *, force: bool) -> Transaction:
         """Returns a new transaction; the arguments are those of `begin` and of `Access`."""
