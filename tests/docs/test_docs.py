@@ -258,7 +258,7 @@ def test_the_set_up_line_of_the_readme_installs_all_but_what_brings_servers_and_
     distributions = [ROOT / "core", *(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
     line = next(b.text for b in blocks(section(README, "Set-up")) if "vmconv demo" in b.text)
     named = {path for word in line.split() if word.startswith("./") for path in ROOT.glob(word)}
-    assert set(distributions) - named == {ROOT / "plugins/fleet", ROOT / "plugins/swift"}
+    assert set(distributions) - named == {ROOT / f"plugins/{name}" for name in ("fleet", "s3", "swift")}
 
 
 def test_a_changelog_fragment_names_an_issue_and_a_kind() -> None:

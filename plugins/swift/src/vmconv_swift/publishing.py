@@ -116,7 +116,7 @@ def _storage(options: argparse.Namespace) -> SwiftBackend:
         if url.scheme != "swift":
             raise UsageError(
                 f"{url.shown}: is not swift://CLOUD/CONTAINER/OBJECT",
-                hint="other object stores refer to no ranges; vmconv convert makes a file to upload",
+                hint="vmconv upload (vmconv-s3) makes objects of S3, which refer to no ranges",
             )
     if len({url.host for url in urls}) > 1:
         raise UsageError("the targets are in several clouds", hint="publish into one after the other")
