@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import vmconv
 from support.containers import MIB, Container, collected, let_time_pass, publish, unpublish
 from support.swift import CLOUD
+from vmconv_swift import unpublishing
 from vmconv_swift.client import Client
 from vmconv_swift.cloud import cloud_of
 from vmconv_swift.names import ObjectName
@@ -176,6 +179,45 @@ def test_a_record_that_was_taken_for_that_of_another_is_written_again(
 
     monkeypatch.setattr(Client, "put_manifest", unpublishing)
     assert publish("--force", disk, container.url("disk.raw")) == 0
+    let_time_pass()
+    assert collected(container) == 0
+    assert vmconv.compare(str(disk), container.url("disk.raw"))
+
+
+def test_a_record_that_is_removed_after_its_object_has_appeared_is_written_again(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object is unpublished, and another publication of it ends before the records are removed."""
+    assert publish(disk, container.url("disk.raw")) == 0
+    put_manifest, delete = Client.put_manifest, Client.delete
+    target = ObjectName(container.name, "disk.raw")
+    gone, appeared = threading.Event(), threading.Event()
+    statuses: list[int] = []
+    # The whole command handles signals, which only the main thread may.
+    options = argparse.Namespace(
+        names=[container.url("disk.raw")], unused=False, older_than=None, dry_run=False, output="human"
+    )
+    remover = threading.Thread(target=lambda: statuses.append(unpublishing._run(options)))
+
+    def putting(self: Client, where: ObjectName, *arguments: Any, **named: Any) -> bool:
+        if where == target:
+            remover.start()
+            assert gone.wait(60)
+        return put_manifest(self, where, *arguments, **named)
+
+    def deleting(self: Client, where: ObjectName) -> bool:
+        if threading.current_thread() is remover and where.name.startswith("records/"):
+            gone.set()
+            assert appeared.wait(60)
+        return delete(self, where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "put_manifest", putting)
+        patch.setattr(Client, "delete", deleting)
+        assert publish("--force", disk, container.url("disk.raw")) == 0
+        appeared.set()
+        remover.join()
+    assert statuses == [0]
     let_time_pass()
     assert collected(container) == 0
     assert vmconv.compare(str(disk), container.url("disk.raw"))

@@ -69,8 +69,14 @@ def _unpublish(options: argparse.Namespace, text: str) -> None:
     if not options.dry_run:
         client.delete(where)
         # Others are of publications under way.
-        for name in (name for name, record in records if record.etag == there.etag):
+        mine = [(name, record) for name, record in records if record.etag == there.etag]
+        for name, _ in mine:
             client.delete(name)
+        # Of the same content, one that was under way may have appeared since: it needs its record.
+        again = client.head(where)
+        if again and again.etag == there.etag:
+            for name, record in mine:
+                client.put(name, record.body())
     _say(options, url.shown, there.size, done=not options.dry_run)
 
 
