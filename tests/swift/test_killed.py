@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,29 @@ def test_what_may_have_appeared_keeps_its_record(
     assert collected(container) == 0
     assert sum(name.startswith("records/") for name in container.names(container.own)) == 1
     assert vmconv.compare(str(disk), container.url("one.vmdk"))
+
+
+def test_what_appears_after_its_publication_has_failed_keeps_its_payload(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store takes longer for the last request than the client waits."""
+    request = Client._request
+    late: list[Callable[[], Any]] = []
+
+    def slow(self: Client, method: str, url: str, *arguments: Any, **named: Any) -> Any:
+        if url.endswith("/disk.vmdk?multipart-manifest=put"):
+            late.append(partial(request, self, method, url, *arguments, **named))
+            raise BackendError("no answer")
+        return request(self, method, url, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "_request", slow)
+        assert publish(disk, container.url("disk.vmdk")) == 1
+    (ending,) = late
+    ending()
+    let_time_pass()
+    assert collected(container) == 0
+    assert vmconv.compare(str(disk), container.url("disk.vmdk"))
 
 
 def test_of_several_objects_none_stays_if_one_cannot_be_made(

@@ -168,6 +168,8 @@ class Publication(Transaction):
         """What was written last for each object, and when."""
         self._committed = False
         self._maybe_visible: dict[str, SwiftOutput] = {}
+        self._made: set[str] = set()
+        """Objects of which the store has said that they were made."""
         self._leaves: dict[Leaf, None] = {}
 
     # -- before anything is made
@@ -340,6 +342,7 @@ class Publication(Transaction):
                 if not self.client.put_manifest(output.target.where, output.body, output.etag, output.size, new=new):
                     del self._maybe_visible[output.name]
                     raise BackendError(f"{output.target.url.shown}: appeared while it was being made")
+                self._made.add(output.name)
         except VmconvError:
             self._take_back(new=new)
             raise
@@ -356,14 +359,18 @@ class Publication(Transaction):
                 self.client.delete(output.candidate)
 
     def _take_back(self, *, new: bool) -> None:
-        """Removes what may have appeared. What cannot be removed, or has replaced something, keeps its record."""
+        """Removes what may have appeared.
+
+        What cannot be removed, has replaced something, or may appear later, keeps its record.
+        """
         for output in list(self._maybe_visible.values()):
             with suppress(VmconvError):
                 found = self.client.head(output.target.where)
                 mine = found is not None and (found.etag, found.size) == (output.etag, output.size)
                 if mine and new:
                     self.client.delete(output.target.where)
-                if not mine or new:
+                # A request without an answer may be under way still.
+                if output.name in self._made and (not mine or new):
                     del self._maybe_visible[output.name]
 
     def _refuse_stale(self) -> None:
