@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from hashlib import md5
@@ -16,6 +17,7 @@ import vmconv
 from support.containers import MIB, Container, publish, unpublish
 from support.swift import CLOUD
 from vmconv.errors import ImageError, ReadError, VmconvError
+from vmconv.testing.disks import random_bytes
 from vmconv_swift import manifest
 from vmconv_swift.client import Client, _rows
 from vmconv_swift.cloud import Cloud, cloud_of
@@ -334,3 +336,16 @@ def test_a_page_instead_of_an_answer_is_an_error(
             request_(Client(cloud), ObjectName("c", "o"))
         cloud.session.session.close()
         server.shutdown()
+
+
+def test_a_segment_is_read_as_it_is_stored(container: Container) -> None:
+    """It says that it is compressed, and has as many bytes as it would have decoded."""
+    begin = random_bytes(100, 1)
+    stored = next(
+        data for count in range(200) if len(data := gzip.compress(begin + bytes(count), mtime=0)) == 100 + count
+    )
+    headers = {"Content-Encoding": "gzip"}
+    assert container.swift.request("PUT", f"/{container.name}/part", stored, headers).status == 201
+    etag = md5(stored).hexdigest()
+    with pytest.raises(ReadError, match="has the Content-Encoding 'gzip'"):
+        Client(cloud_of(CLOUD)).read_range(ObjectName(container.name, "part"), etag, 0, len(stored))

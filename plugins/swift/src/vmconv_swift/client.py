@@ -123,7 +123,11 @@ class Client:
         """Returns a range of an object. Raises `ReadError` unless it has this ETag."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", "If-Match": f'"{etag}"'}
         said = self.shown(where)
-        data = self._ask("GET", where.quoted, said, good=(206,), headers=headers, limit=length).body
+        answer = self._ask("GET", where.quoted, said, good=(206,), headers=headers, limit=length)
+        if encoding := answer.headers.get("Content-Encoding"):
+            # The library below has decoded it, and manifests refer to what is stored.
+            raise ReadError(f"{said}: has the Content-Encoding {str(encoding)[:40]!r}")
+        data = answer.body
         if len(data) != length:
             raise ReadError(f"{said}: asked for {length} bytes from {offset:#x}, the store sends {len(data)}")
         return data
