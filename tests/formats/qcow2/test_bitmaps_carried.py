@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import vmconv
+from support.daemons import running
 from support.disks import MIB, QemuImg, qemu_io
 from vmconv.errors import PlanError, UsageError, VerifyError
 from vmconv.io.opener import Opener
@@ -44,11 +45,12 @@ def stated(path: Path, qemu_img: QemuImg) -> list[dict[str, Any]]:
 
 def served(path: Path, name: str, where: Path) -> list[tuple[int, int]]:
     """Returns the `(start, end)` ranges of a bitmap from QEMU."""
-    command: list[str | Path] = ["qemu-nbd", "-r", "-B", name, "-f", "qcow2", "-k", where, "--fork"]
-    command += ["--pid-file", f"{where}.pid", path]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     nbd = f"driver=nbd,server.type=unix,server.path={where},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
-    done = subprocess.run(["qemu-img", "map", "--output=json", "--image-opts", nbd], check=True, capture_output=True)
+    # The file is free again when the server has ended.
+    with running(["qemu-nbd", "-r", "-t", "-B", name, "-f", "qcow2", "-k", where, path], where):
+        done = subprocess.run(
+            ["qemu-img", "map", "--output=json", "--image-opts", nbd], check=True, capture_output=True
+        )
     return [(row["start"], row["start"] + row["length"]) for row in json.loads(done.stdout) if not row["data"]]
 
 
