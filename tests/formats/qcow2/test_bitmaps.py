@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import vmconv
+from support.bitmaps import served
 from support.disks import MIB, QemuImg, qemu_io
 from vmconv.errors import ImageError, PlanError, UsageError
 from vmconv.io.opener import Opener
@@ -38,24 +37,6 @@ def ranges(path: Path, name: str = "b0") -> list[tuple[int, int]]:
     return found
 
 
-def served(path: Path, tmp_path: Path) -> list[tuple[int, int]]:
-    """Returns the same from QEMU."""
-    where = tmp_path / "nbd"
-    pid = tmp_path / "pid"
-    subprocess.run(
-        ["qemu-nbd", "-r", "-B", "b0", "-f", "qcow2", "-k", where, "--fork", "--pid-file", pid, path],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    # It serves one client and ends.
-    source = f"driver=nbd,server.type=unix,server.path={where},x-dirty-bitmap=qemu:dirty-bitmap:b0"
-    said = subprocess.run(
-        ["qemu-img", "map", "--output=json", "--image-opts", source], check=True, capture_output=True
-    ).stdout
-    return [(row["start"], row["start"] + row["length"]) for row in json.loads(said) if not row["data"]]
-
-
 @pytest.mark.parametrize(
     ("granularity", "cluster"), [(None, "64K"), ("512", "4K"), ("4096", "64K"), ("2M", "64K")], ids=str
 )
@@ -67,7 +48,7 @@ def test_the_ranges_are_those_that_qemu_serves(
     qemu_io(path, "write 0 512", "write 1M 64k", f"write {1 * MIB + 65536} 64k", "write -z 9M 3M", "write 40M 1536")
     found = ranges(path)
     assert len(found) >= 3
-    assert found == served(path, tmp_path)
+    assert found == served(path, "b0", tmp_path / "nbd")
 
 
 def test_a_part_with_all_bits_set(tmp_path: Path, qemu_img: QemuImg) -> None:

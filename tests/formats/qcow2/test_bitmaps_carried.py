@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 import vmconv
-from support.daemons import running
+from support.bitmaps import served
 from support.disks import MIB, QemuImg, qemu_io
 from vmconv.errors import PlanError, UsageError, VerifyError
 from vmconv.io.opener import Opener
@@ -41,17 +40,6 @@ def stated(path: Path, qemu_img: QemuImg) -> list[dict[str, Any]]:
     data = json.loads(qemu_img("info", "--output=json", path).stdout)["format-specific"]["data"]
     found: list[dict[str, Any]] = data.get("bitmaps", [])
     return found
-
-
-def served(path: Path, name: str, where: Path) -> list[tuple[int, int]]:
-    """Returns the `(start, end)` ranges of a bitmap from QEMU."""
-    nbd = f"driver=nbd,server.type=unix,server.path={where},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
-    # The file is free again when the server has ended.
-    with running(["qemu-nbd", "-r", "-t", "-B", name, "-f", "qcow2", "-k", where, path], where):
-        done = subprocess.run(
-            ["qemu-img", "map", "--output=json", "--image-opts", nbd], check=True, capture_output=True
-        )
-    return [(row["start"], row["start"] + row["length"]) for row in json.loads(done.stdout) if not row["data"]]
 
 
 @pytest.mark.parametrize(
