@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -349,3 +350,30 @@ def test_a_segment_is_read_as_it_is_stored(container: Container) -> None:
     etag = md5(stored).hexdigest()
     with pytest.raises(ReadError, match="has the Content-Encoding 'gzip'"):
         Client(cloud_of(CLOUD)).read_range(ObjectName(container.name, "part"), etag, 0, len(stored))
+
+
+@pytest.mark.parametrize("kind", ["plain", "symlink", "many", "object of a prefix"])
+def test_what_is_adopted_has_any_name_and_kind(container: Container, disk: Path, kind: str) -> None:
+    """The segments of the source are what Swift has of every kind; what reads the publication gets their bytes."""
+    data, name = disk.read_bytes(), "a/b %2F?#ä x/é&+;=.raw"
+    put = container.swift.request
+    here = f"/{container.name}"
+    if kind == "plain":
+        container.put(name, data)
+    elif kind == "symlink":
+        container.put("real", data)
+        assert put("PUT", f"{here}/{quote(name)}", b"", {"X-Symlink-Target": f"{container.name}/real"}).status == 201
+    elif kind == "object of a prefix":
+        for number in range(2):
+            container.put(f"part/{number}", data[number * 40 * MIB :][: 40 * MIB])
+        headers = {"X-Object-Manifest": f"{container.name}/part/"}
+        assert put("PUT", f"{here}/{quote(name)}", b"", headers).status == 201
+    else:
+        container.put("part é %41?#", data[:MIB])
+        container.put("rest", data[MIB:])
+        path = f"{here[1:]}/part é %41?#"
+        put_manifest(container, quote(name), [{"path": path}, {"path": f"{here}/rest"}])
+    # Swift reads no ranges of the last kind below a manifest: its payload is sent.
+    need = "auto" if kind == "object of a prefix" else "require"
+    assert publish("--adopt", f"--zero-copy={need}", container.url(quote(name)), container.url("copy.qcow2")) == 0
+    assert vmconv.compare(str(disk), container.url("copy.qcow2"))

@@ -124,6 +124,9 @@ class SwiftObject(Remote):
     @cached_property
     def windows(self) -> list[Window]:
         """The objects that hold the bytes, in order."""
+        if self.found.headers.get("X-Object-Manifest"):
+            # Its bytes are those of all objects of a prefix, and Swift reads no ranges of it below a manifest.
+            return [Window(None, 0, self.size)]
         if not self.large:
             return [Window(Leaf(self.where, self.etag, self.size), 0, self.size)]
         return windows_of(self.client, self.where, self.etag, self.size)
