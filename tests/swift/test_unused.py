@@ -111,6 +111,23 @@ def test_only_what_publications_make_is_removed(published: Container) -> None:
     assert published.names() == ["precious.raw", "precious2.raw"]
 
 
+@pytest.mark.parametrize("given", [[], ["--adopt"]], ids=["copied", "adopted"])
+def test_records_are_no_payload(published: Container, tmp_path: Path, given: list[str]) -> None:
+    """Somebody has made a disk of what vmconv removes or replaces: a record of nothing."""
+    (real,) = [name for name in published.names(published.own) if name.startswith("records/")]
+    body = json.dumps({"vmconv": 1, "target": "/none/none", "etag": None, "uses": []}).encode().ljust(MIB)
+    name = f"{real}0"
+    published.put(name, body, container=published.own)
+    rows = json.dumps([{"path": f"/{published.own}/{name}"}]).encode()
+    path = f"/{published.name}/strange.raw?multipart-manifest=put"
+    assert published.swift.request("PUT", path, rows).status == 201
+    assert publish(*given, published.url("strange.raw"), published.url("copy.raw")) == 0
+    let_time_pass()
+    assert collected(published) == 0
+    assert name not in published.names(published.own)
+    assert published.get("copy.raw") == body
+
+
 def test_what_is_used_again_while_it_is_removed_stays(
     published: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

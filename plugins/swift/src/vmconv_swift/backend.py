@@ -36,7 +36,7 @@ from vmconv_swift.manifest import MAX_DEPTH, Segment, body_of, etag_of
 from vmconv_swift.names import OWN_SUFFIX, ObjectName, own_container
 from vmconv_swift.payload import PREFIX, LeafFile, Piece, StoreFile, staged
 from vmconv_swift.readback import refuse_other_content
-from vmconv_swift.records import GRACE, Record, make_own, record_name, refuse_stranger
+from vmconv_swift.records import GRACE, Record, is_payload, make_own, record_name, refuse_stranger
 from vmconv_swift.remote import SwiftObject, problems_of
 from vmconv_swift.segments import SMALL_GAP, Packer, Rows, placed
 from vmconv_swift.zeros import ZEROS, etag_of_zeros
@@ -126,7 +126,9 @@ class SwiftBackend(ObjectBackend):
             raise ExistsError(f"{target.url.shown}: already exists", hint="--force replaces it")
 
     def _may_refer(self, leaf: Leaf) -> bool:
-        return self.adopt or (leaf.where.container == self.own and self.exists)
+        if leaf.where.container == self.own:
+            return self.exists and is_payload(leaf.where.name)
+        return self.adopt
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         refusals = {}
@@ -183,10 +185,10 @@ class Publication(Transaction):
                 self.uses[source.where.name] = None
         if not self.backend.exists:
             make_own(self.client, self.backend.container)
+        self.record()
         self.left = (
             f"what was sent is kept in {self.own} for the next publication; vmconv unpublish --unused removes it later"
         )
-        self.record()
         # Only what is in the record may be relied on.
         kept = [source for source in mine if isinstance(source, LeafFile) or source.there]
         young = self._young({source.where for source in kept})

@@ -110,9 +110,10 @@ class Client:
         answer = self._ask("HEAD", where.quoted, self.shown(where), headers=headers, good=(200, 204, 404))
         return None if answer.status == 404 else self._found(answer, where)
 
-    def read(self, where: ObjectName, limit: int, query: str = "") -> bytes:
-        """Returns the content of an object of at most `limit` bytes, or its manifest."""
-        return self._ask("GET", where.quoted + query, self.shown(where), limit=limit).body
+    def read(self, where: ObjectName, limit: int, query: str = "", *, newest: bool = False) -> bytes:
+        """Returns the content of an object of at most `limit` bytes, or its manifest; see `head`."""
+        headers = {"X-Newest": "true"} if newest else {}
+        return self._ask("GET", where.quoted + query, self.shown(where), headers=headers, limit=limit).body
 
     def read_if_there(self, where: ObjectName, limit: int) -> bytes | None:
         """Returns what `read` does; None if there is no such object."""

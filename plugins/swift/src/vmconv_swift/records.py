@@ -42,6 +42,11 @@ class Record(NamedTuple):
         return json.dumps({"vmconv": _VERSION, **self._asdict()}, separators=(",", ":")).encode()
 
 
+def is_payload(name: str) -> bool:
+    """Returns whether an object of this name stays as it is while a record names it."""
+    return bool(_MADE.fullmatch(name)) and not name.startswith("candidates/")
+
+
 def record_name(own: str, target: ObjectName, publication: str) -> ObjectName:
     """Returns the name of the record of a publication."""
     return ObjectName(own, f"{_of_target(target)}{publication}")
@@ -76,7 +81,7 @@ def make_own(client: Client, container: str) -> None:
 
 def _read(client: Client, own: str, name: str) -> Record:
     where = ObjectName(own, name)
-    body = client.read(where, _MAX_RECORD)
+    body = client.read(where, _MAX_RECORD, newest=True)
     try:
         values: Any = json.loads(body)
         version, target, etag, uses = (values[key] for key in ("vmconv", "target", "etag", "uses"))
