@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from support.containers import MIB, PAYLOAD, Container, publish
+from support.containers import MIB, PAYLOAD, Container, publish, unpublish
 from support.disks import QemuImg
 from support.requirements import oracle_module
-from support.swift import KEY, USER
+from support.swift import KEY, OTHER_KEY, OTHER_USER, USER
 from support.variants import Variant, is_compressed, options, qemu_name, self_contained, title
 from vmconv.io.registry import installed
 from vmconv_swift.backend import Publication
+from vmconv_swift.client import client_of
+from vmconv_swift.cloud import cloud_of
 from vmconv_swift.payload import Piece
 
 METADATA = 6 * MIB
@@ -207,3 +209,31 @@ def test_a_disk_without_payload_is_published(container: Container, tmp_path: Pat
     assert container.get("empty.raw") == bytes(MIB + 512)
     assert vmconv.compare(str(path), container.url("empty.vhdx"))
     assert container.segments() == []
+
+
+def test_who_may_only_read_publishes_nothing(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The container's readers are those of vmconv's container too, and are refused before anything is sent."""
+    swift = container.swift
+    readers = {"X-Container-Read": "other:tester,.rlistings"}
+    assert swift.request("POST", f"/{container.name}", headers=readers).status == 204
+    assert publish(disk, container.url("disk.qcow2")) == 0
+    before = container.names(), container.names(container.own)
+    monkeypatch.setenv("OS_STORAGE_URL", swift.storage_url)
+    monkeypatch.setenv("OS_AUTH_TOKEN", swift.token(OTHER_USER, OTHER_KEY))
+    for once in (client_of, cloud_of):
+        once.cache_clear()
+    source = f"swift://-/{container.name}/disk.qcow2"
+    assert vmconv.compare(str(disk), source)
+    capsys.readouterr()
+    container.received()
+    for given in (disk, source):
+        assert publish("-q", given, f"swift://-/{container.name}/new.vmdk") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("Forbidden Access was denied to this resource.")
+    assert unpublish(source) == 1
+    assert container.received() == 0
+    assert (container.names(), container.names(container.own)) == before
+    for once in (client_of, cloud_of):
+        once.cache_clear()
