@@ -13,7 +13,7 @@ import vmconv
 from support import qcow2_images
 from support.disks import MIB, QemuImg
 from support.kits import kit
-from support.requirements import oracle_program
+from support.tls import certified
 from support.web import Handler, Server, Spoil, serving, sparse_disk
 from vmconv.cli.main import main
 from vmconv.errors import AccessError, ImageError, ReadError, UsageError, VmconvError
@@ -351,25 +351,13 @@ def test_a_redirect_elsewhere_is_refused(web: Server, qemu_img: QemuImg, where: 
     assert len(web.asked) <= http.MAX_REDIRECTS + 1
 
 
-def certificate(directory: Path) -> tuple[Path, Path]:
-    key, made = directory / "key.pem", directory / "cert.pem"
-    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = [oracle_program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    subprocess.run([*command, *subject, "-keyout", key, "-out", made], check=True, capture_output=True)
-    return key, made
-
-
 def test_tls_is_verified_and_never_left(
     web: Server, qemu_img: QemuImg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ssl
-
     raw = disk(web, qemu_img)
-    key, made = certificate(tmp_path)
+    made = tmp_path / "cert.pem"
     with serving(web.directory) as secure:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(made, key)
-        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        secure.socket = certified(made).wrap_socket(secure.socket, server_side=True)
         url = secure.url("disk.qcow2", "https")
         with pytest.raises(AccessError, match="certificate is refused") as caught:
             vmconv.info(url)

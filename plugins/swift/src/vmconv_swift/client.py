@@ -313,6 +313,9 @@ class Client:
                     answer = _read(found, limit if found.status_code in good else _WORDS, tries)
             except _transport_errors() as exc:
                 why = _short(exc)
+                if "CERTIFICATE_VERIFY_FAILED" in str(exc):
+                    hint = "cacert in clouds.yaml, or OS_CACERT, names the authority that has signed it"
+                    raise AccessError(f"{said}: the store's certificate is refused: {why}", hint=hint) from exc
                 continue
             if answer.status in good:
                 self._last = answer, time.monotonic()

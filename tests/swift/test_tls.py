@@ -1,0 +1,58 @@
+"""A store with TLS: its certificate is verified by the authority that clouds.yaml names, and by no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+import vmconv
+from support.containers import Container, publish
+from support.swift import KEY, USER
+from support.tls import certified, in_front_of
+from vmconv.errors import VmconvError
+from vmconv_swift import client, cloud
+
+
+@pytest.fixture
+def fresh() -> None:
+    """Sessions are kept for the process."""
+    for kept in (client.client_of, cloud.cloud_of):
+        kept.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_certificate_is_that_of_the_named_authority(
+    container: Container,
+    disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    swift = container.swift
+    mine, other = tmp_path / "mine.pem", tmp_path / "other.pem"
+    context = certified(mine)
+    certified(other)
+    with in_front_of(urlsplit(swift.url).port or 0, context) as port:
+        clouds = tmp_path / "clouds.yaml"
+        text = "clouds:\n"
+        for name, authority in (("mine", f"    cacert: {mine}\n"), ("other", f"    cacert: {other}\n"), ("none", "")):
+            text += (
+                f"  {name}:\n    auth_type: v1password\n{authority}    region_name: ''\n"
+                f"    object_store_endpoint_override: https://127.0.0.1:{port}{urlsplit(swift.storage_url).path}\n"
+                f"    auth:\n      auth_url: {swift.auth_url}\n      username: {USER}\n      password: {KEY}\n"
+            )
+        clouds.write_text(text)
+        monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(clouds))
+        assert publish(disk, f"swift://mine/{container.name}/disk.qcow2") == 0, capsys.readouterr().err
+        assert vmconv.compare(str(disk), f"swift://mine/{container.name}/disk.qcow2")
+        before = container.names()
+        for name in ("other", "none"):
+            assert publish(disk, f"swift://{name}/{container.name}/other.qcow2") == 1
+            said = capsys.readouterr().err
+            assert "the store's certificate is refused" in said
+            assert "hint: cacert" in said
+            with pytest.raises(VmconvError, match="the store's certificate is refused"):
+                vmconv.info(f"swift://{name}/{container.name}/disk.qcow2")
+        assert container.names() == before
