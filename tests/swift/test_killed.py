@@ -168,6 +168,26 @@ def test_two_publications_at_once_make_one_object(
     assert not any(name.startswith(("records/", "candidates/")) for name in container.names(container.own))
 
 
+def test_the_same_object_of_another_publication_is_not_taken_back(
+    container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It appears while the request of this one fails; a qcow2 of one disk has the same ETag each time."""
+    request = Client._request
+
+    def failing(self: Client, method: str, url: str, *arguments: Any, **named: Any) -> Any:
+        if url.endswith("/disk.qcow2?multipart-manifest=put"):
+            monkeypatch.setattr(Client, "_request", request)
+            assert publish(disk, container.url("disk.qcow2")) == 0
+            raise BackendError("no answer")
+        return request(self, method, url, *arguments, **named)
+
+    monkeypatch.setattr(Client, "_request", failing)
+    assert publish(disk, container.url("disk.qcow2")) == 1
+    let_time_pass()
+    assert collected(container) == 0
+    assert vmconv.compare(str(disk), container.url("disk.qcow2"))
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_what_may_have_appeared_keeps_its_record(
     container: Container, disk: Path, monkeypatch: pytest.MonkeyPatch, force: bool

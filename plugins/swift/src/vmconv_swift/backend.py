@@ -341,7 +341,8 @@ class Publication(Transaction):
         try:
             for output in self.outputs:
                 self._maybe_visible[output.name] = output
-                if not self.client.put_manifest(output.target.where, output.body, output.etag, output.size, new=new):
+                where, etag, size = output.target.where, output.etag, output.size
+                if not self.client.put_manifest(where, output.body, etag, size, new=new, mark=self.id):
                     del self._maybe_visible[output.name]
                     raise BackendError(f"{output.target.url.shown}: appeared while it was being made")
                 self._made.add(output.name)
@@ -368,7 +369,7 @@ class Publication(Transaction):
         for output in list(self._maybe_visible.values()):
             with suppress(VmconvError):
                 found = self.client.head(output.target.where)
-                mine = found is not None and (found.etag, found.size) == (output.etag, output.size)
+                mine = found is not None and found.mark == self.id
                 if mine and new:
                     self.client.delete(output.target.where)
                 # A request without an answer may be under way still.

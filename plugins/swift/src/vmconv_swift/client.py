@@ -35,6 +35,7 @@ _PAGE = 10000
 _WORDS = 64 << 10
 """Bytes of an answer that has nothing but words."""
 _BUSY = frozenset({408, 429, 498, 500, 502, 503, 504})
+_MARK = "X-Object-Meta-Vmconv"
 _ETAG = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -56,6 +57,11 @@ class Found(NamedTuple):
     def expires(self) -> bool:
         """Whether the store will remove it at a time that was set."""
         return "X-Delete-At" in self.headers
+
+    @property
+    def mark(self) -> str:
+        """What tells it from others of the same content; empty if nothing was stated when it was made."""
+        return str(self.headers.get(_MARK) or "")
 
 
 class Answer(NamedTuple):
@@ -154,19 +160,30 @@ class Client:
         self._ask("PUT", where.quoted, self.shown(where), body, {"If-None-Match": "*"}, (201, 412))
 
     def put_manifest(
-        self, where: ObjectName, body: bytes, etag: str, size: int, *, new: bool = False, look: bool = True
+        self,
+        where: ObjectName,
+        body: bytes,
+        etag: str,
+        size: int,
+        *,
+        new: bool = False,
+        look: bool = True,
+        mark: str = "",
     ) -> bool:
         """Makes a static large object; False if `new` and the name is taken.
 
-        Raises `BackendError` unless the object has this ETag and size. Without `look` the caller looks at it.
+        Raises `BackendError` unless the object has this ETag and size. Without `look` the caller looks at it. `mark`
+        tells it from others of the same content.
         """
         headers = {"Etag": etag, "Content-Type": "application/octet-stream"} | ({"If-None-Match": "*"} if new else {})
+        if mark:
+            headers[_MARK] = mark
         query = "?multipart-manifest=put"
         answer = self._ask("PUT", where.quoted + query, self.shown(where), body, headers, (201, 202, 400, 409, 412))
         if answer.status == 412:
             there = self.head(where)
             # A try whose answer was lost may have made it.
-            return answer.tries > 1 and there is not None and (there.etag, there.size) == (etag, size)
+            return answer.tries > 1 and there is not None and (there.etag, there.size, there.mark) == (etag, size, mark)
         if answer.status in (400, 409):
             raise BackendError(f"{self.shown(where)}: the store refuses the manifest: {_reason(answer)}")
         if look:
