@@ -435,9 +435,8 @@ def test_the_owner_converts_without_sending_payload(pair: Sequence[Node], filled
     assert body["plan"]["shared"] == plan["plan"]["shared"] > MIB
     payload, rest = sent.bytes()
     assert (payload, rest < METADATA) == (0, True)
-    read = json.dumps({"driver": "qcow2", "file": {"driver": "http", "url": filled.http("sub/c.qcow2")}})
-    source = json.dumps({"driver": "raw", "file": {"driver": "http", "url": filled.http("sub/c.raw")}})
-    assert "identical" in qemu_img("compare", f"json:{source}", f"json:{read}").stdout
+    source, read = filled.for_qemu("sub/c.raw", "raw"), filled.for_qemu("sub/c.qcow2", "qcow2")
+    assert "identical" in qemu_img("compare", source, read).stdout
     one.until(lambda: "sub/c.qcow2" in listed(one))
     # It is not made again in its place.
     assert ask(one, one, "convert", **wish, job="again").body["ok"]

@@ -7,6 +7,7 @@ import time
 from urllib.parse import quote
 from uuid import uuid4
 
+from support.requirements import oracle_driver
 from support.swift import CLOUD, Answer, Swift
 from vmconv.cli.main import main
 
@@ -29,9 +30,10 @@ class Container:
         """Returns the URL of an object as vmconv has it."""
         return f"swift://{CLOUD}/{self.name}/{name}"
 
-    def http(self, name: str) -> str:
-        """Returns a URL of an object that needs no token."""
-        return self.swift.temporary_url(f"/{self.name}/{name}")
+    def for_qemu(self, name: str, driver: str) -> str:
+        """Returns an object as QEMU takes a file name: read over http, without a token."""
+        url = self.swift.temporary_url(f"/{self.name}/{name}")
+        return f"json:{json.dumps({'driver': driver, 'file': {'driver': oracle_driver('http'), 'url': url}})}"
 
     def put(self, name: str, data: bytes, *, container: str | None = None) -> None:
         assert self.swift.request("PUT", f"/{container or self.name}/{quote(name)}", data).status == 201

@@ -44,6 +44,20 @@ def oracle_program(name: str) -> str:
 
 
 @cache
+def oracle_driver(name: str) -> str:
+    """Returns the name of a driver of QEMU's; distributions have those for the network in a package of its own."""
+    asked = subprocess.run(
+        [oracle_program("qemu-img"), "info", f'json:{{"driver": "{name}"}}'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if f"Unknown driver '{name}'" in asked.stderr:
+        missing("oracle", f"qemu-img has no driver {name}")
+    return name
+
+
+@cache
 def another_user(number: int) -> tuple[str, ...]:
     """Returns what to put in front of a command to run it as this user; skips where such a user cannot run Python."""
     prefix = ("setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups")

@@ -47,7 +47,7 @@ def test_every_format_is_published_from_one_payload(
     assert published.segments() == payload
     assert "sent 0 B of payload" in capsys.readouterr().out
     assert vmconv.compare(str(disk), target, right_format=variant[0])
-    read = f"json:{json.dumps({'driver': qemu_name(variant), 'file': {'driver': 'http', 'url': published.http(name)}})}"
+    read = published.for_qemu(name, qemu_name(variant))
     assert "identical" in qemu_img("compare", "-f", "raw", disk, read).stdout
 
 
