@@ -141,7 +141,8 @@ def test_a_name_of_two_machines_is_refused(run: Run, fleet: Fleet) -> None:
 
 
 def test_convert_of_a_machine_says_what_changes_and_what_is_lost(run: Run, tmp_path: Path) -> None:
-    wanted = ["convert", "n02:shop", "-O", "vmx", "--wait", "30"]
+    # What it becomes is another VM of this name, as soon as the node has seen it.
+    wanted = ["convert", "n02:shop.xml", "-O", "vmx", "--wait", "30"]
     planned = run(*wanted, "--dry-run").splitlines()
     assert planned[0].split() == ["VM", "BECOMES", "STATE", "PLAN"]
     assert planned[1].split()[:3] == ["shop", "shop.vmx/shop.vmx", "planned"]

@@ -83,6 +83,7 @@ def task(base: Path, name: str, **more: Any) -> Task:
         "uuid": "guest",
         "new_identity": False,
         "bandwidth": [],
+        "owners": [],
     }
     return Task(**values | more)
 
