@@ -19,7 +19,7 @@ from vmconv.cli.main import main
 from vmconv.errors import AccessError, ImageError, ReadError, UsageError, VmconvError
 from vmconv.io import remote
 from vmconv.io.registry import installed
-from vmconv.io.schemes import http
+from vmconv.io.schemes import connections, http
 
 GIB = 1 << 30
 
@@ -253,7 +253,7 @@ def busy(handler: Handler, first: int, last: int) -> None:
 def test_a_request_that_fails_is_repeated(
     web: Server, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Handler, int, int], None]
 ) -> None:
-    monkeypatch.setattr(http, "SILENCE", 0.1)
+    monkeypatch.setattr(connections, "SILENCE", 0.1)
     raw = disk(web, qemu_img)
     web.spoil = once(spoil)
     made = web.directory.parent / "made.raw"
@@ -262,8 +262,8 @@ def test_a_request_that_fails_is_repeated(
 
 
 def test_a_server_that_drips_is_too_slow(web: Server, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "SILENCE", 0.2)
-    monkeypatch.setattr(http, "SLOWEST", 1 << 30)
+    monkeypatch.setattr(connections, "SILENCE", 0.2)
+    monkeypatch.setattr(connections, "SLOWEST", 1 << 30)
     monkeypatch.setattr(http, "TRIES", 2)
     disk(web, qemu_img)
 

@@ -6,9 +6,7 @@ import gzip
 import json
 from collections.abc import Callable
 from hashlib import md5
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +19,7 @@ from vmconv.errors import ImageError, ReadError, VmconvError
 from vmconv.testing.disks import random_bytes
 from vmconv_swift import manifest
 from vmconv_swift.client import Client, _rows
-from vmconv_swift.cloud import Cloud, cloud_of
+from vmconv_swift.cloud import cloud_of
 from vmconv_swift.manifest import body_of, etag_of, parsed, windows_of
 from vmconv_swift.names import ObjectName
 
@@ -308,35 +306,6 @@ def test_payload_that_would_expire_stays_once_it_is_used(published: Container, d
     assert publish(published.url("disk.qcow2") if from_store else disk, published.url("again.vmdk")) == 0
     for name in (*published.segments(), f"zeros/{4 * MIB}"):
         assert "x-delete-at" not in published.swift.request("HEAD", f"/{published.own}/{name}").headers
-
-
-@pytest.mark.parametrize("request_", [Client.touch, Client.delete])
-def test_a_page_instead_of_an_answer_is_an_error(
-    request_: Callable[[Client, ObjectName], bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Something between here and the store answers 200 to everything."""
-
-    class Page(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", "6")
-            self.end_headers()
-            self.wfile.write(b"<html>")
-
-        do_POST = do_DELETE = answer  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Page) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("OS_STORAGE_URL", f"http://127.0.0.1:{server.server_port}/v1/AUTH_x")
-        monkeypatch.setenv("OS_AUTH_TOKEN", "token")
-        cloud = Cloud("-")
-        with pytest.raises(VmconvError, match="the store answers 200"):
-            request_(Client(cloud), ObjectName("c", "o"))
-        cloud.session.session.close()
-        server.shutdown()
 
 
 def test_a_segment_is_read_as_it_is_stored(container: Container) -> None:

@@ -97,12 +97,12 @@ def test_a_token_of_the_environment_is_used_as_it_is(container: Container, monke
     cloud = Cloud("-")
     found = Client(cloud).head(where)
     assert found and found.size == 4 * MIB
-    cloud.session.session.close()
+    cloud.close()
     monkeypatch.setenv("OS_AUTH_TOKEN", "expired")
     cloud = Cloud("-")
     with pytest.raises(AccessError, match="401"):
         Client(cloud).head(where)
-    cloud.session.session.close()
+    cloud.close()
     monkeypatch.setenv("OS_STORAGE_URL", "file:///etc")
     with pytest.raises(AccessError, match="is not the address of an object store"):
         Cloud("-")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -9,7 +11,7 @@ import pytest
 
 import vmconv
 from support.containers import Container, publish
-from support.swift import KEY, USER
+from support.swift import KEY, USER, Swift
 from support.tls import certified, in_front_of
 from vmconv.errors import VmconvError
 from vmconv_swift import client, cloud
@@ -20,6 +22,19 @@ def fresh() -> None:
     """Sessions are kept for the process."""
     for kept in (client.client_of, cloud.cloud_of):
         kept.cache_clear()
+
+
+def _clouds(directory: Path, swift: Swift, port: int, lines: Mapping[str, str]) -> Path:
+    """Returns a clouds.yaml with clouds behind a port, each with a line of its own."""
+    path, text = directory / "clouds.yaml", "clouds:\n"
+    for name, line in lines.items():
+        text += (
+            f"  {name}:\n    auth_type: v1password\n    {line}\n    region_name: ''\n"
+            f"    object_store_endpoint_override: https://127.0.0.1:{port}{urlsplit(swift.storage_url).path}\n"
+            f"    auth:\n      auth_url: {swift.auth_url}\n      username: {USER}\n      password: {KEY}\n"
+        )
+    path.write_text(text)
+    return path
 
 
 @pytest.mark.usefixtures("fresh")
@@ -35,15 +50,8 @@ def test_the_certificate_is_that_of_the_named_authority(
     context = certified(mine)
     certified(other)
     with in_front_of(urlsplit(swift.url).port or 0, context) as port:
-        clouds = tmp_path / "clouds.yaml"
-        text = "clouds:\n"
-        for name, authority in (("mine", f"    cacert: {mine}\n"), ("other", f"    cacert: {other}\n"), ("none", "")):
-            text += (
-                f"  {name}:\n    auth_type: v1password\n{authority}    region_name: ''\n"
-                f"    object_store_endpoint_override: https://127.0.0.1:{port}{urlsplit(swift.storage_url).path}\n"
-                f"    auth:\n      auth_url: {swift.auth_url}\n      username: {USER}\n      password: {KEY}\n"
-            )
-        clouds.write_text(text)
+        authorities = {"mine": f"cacert: {mine}", "other": f"cacert: {other}", "none": "verify: true"}
+        clouds = _clouds(tmp_path, swift, port, authorities)
         monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(clouds))
         assert publish(disk, f"swift://mine/{container.name}/disk.qcow2") == 0, capsys.readouterr().err
         assert vmconv.compare(str(disk), f"swift://mine/{container.name}/disk.qcow2")
@@ -56,3 +64,28 @@ def test_the_certificate_is_that_of_the_named_authority(
             with pytest.raises(VmconvError, match="the store's certificate is refused"):
                 vmconv.info(f"swift://{name}/{container.name}/disk.qcow2")
         assert container.names() == before
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_store_may_ask_for_a_certificate(
+    container: Container,
+    disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Both what publishes and what reads by ranges show it."""
+    theirs, mine = tmp_path / "theirs.pem", tmp_path / "mine.pem"
+    context = certified(theirs)
+    certified(mine)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(mine)
+    with in_front_of(urlsplit(container.swift.url).port or 0, context) as port:
+        authority = f"cacert: {theirs}"
+        own = f"{authority}\n    cert: {mine}\n    key: {mine.with_suffix('.key')}"
+        clouds = _clouds(tmp_path, container.swift, port, {"mine": own, "none": authority})
+        monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(clouds))
+        assert publish(disk, f"swift://mine/{container.name}/disk.qcow2") == 0, capsys.readouterr().err
+        assert vmconv.compare(str(disk), f"swift://mine/{container.name}/disk.qcow2")
+        with pytest.raises(VmconvError, match="swift://none/"):
+            vmconv.info(f"swift://none/{container.name}/disk.qcow2")

@@ -100,7 +100,8 @@ if TYPE_CHECKING:
     from vmconv.io.opener import MAX_CHAIN_DEPTH, Opener
     from vmconv.io.registry import Registry, installed
     from vmconv.io.remote import RemoteFile
-    from vmconv.io.schemes.http import HttpObject, Place
+    from vmconv.io.schemes.connections import Connections, Place
+    from vmconv.io.schemes.http import HttpObject
     from vmconv.io.schemes.s3 import S3Location
     from vmconv.machine.beginning import Beginning
     from vmconv.machine.decoding import NewFile
@@ -167,8 +168,9 @@ _HOMES = {
     "is_url": "interface.scheme",
     "parse_url": "interface.scheme",
     "RemoteFile": "io.remote",
+    "Connections": "io.schemes.connections",
     "HttpObject": "io.schemes.http",
-    "Place": "io.schemes.http",
+    "Place": "io.schemes.connections",
     "FilePlan": "model.plan",
     "Parser": "cli.options",
     "Substitution": "interface.machines",
@@ -350,6 +352,7 @@ __all__ = [
     "Command",
     "ConfigFile",
     "Congruence",
+    "Connections",
     "Decoded",
     "Decompressed",
     "Dependency",

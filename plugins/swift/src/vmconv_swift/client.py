@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from functools import cache, cached_property
 from hashlib import md5
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vmconv.plugin import MAX_SIZE, AccessError, BackendError, ReadError
@@ -18,6 +19,8 @@ from vmconv_swift.cloud import cloud_of
 from vmconv_swift.names import ObjectName
 
 if TYPE_CHECKING:
+    from email.message import Message
+
     from vmconv.plugin import Url
     from vmconv_swift.cloud import Cloud
 
@@ -27,8 +30,6 @@ TRIES = 5
 """Requests before one that fails on the way is an error."""
 PAUSE = 0.5
 """Seconds before the first retry; doubled for each further one."""
-SILENCE = 60
-"""Seconds that the store may send nothing."""
 MAX_LISTING = 64 << 20
 """Bytes of one page of a listing."""
 _PAGE = 10000
@@ -51,7 +52,7 @@ class Found(NamedTuple):
     large: bool
     modified: float
     now: float
-    headers: Mapping[str, str]
+    headers: Message
 
     @property
     def expires(self) -> bool:
@@ -69,7 +70,7 @@ class Answer(NamedTuple):
 
     status: int
     reason: str
-    headers: Mapping[str, str]
+    headers: Message
     body: bytes
     cut: bool
     tries: int
@@ -132,7 +133,7 @@ class Client:
         said = self.shown(where)
         answer = self._ask("GET", where.quoted, said, good=(206,), headers=headers, limit=length)
         if encoding := answer.headers.get("Content-Encoding"):
-            # The library below has decoded it, and manifests refer to what is stored.
+            # Who reads the published object over HTTP may decode it, and would have other bytes.
             raise ReadError(f"{said}: has the Content-Encoding {str(encoding)[:40]!r}")
         data = answer.body
         if len(data) != length:
@@ -208,7 +209,7 @@ class Client:
 
     # -- containers
 
-    def container(self, name: str) -> Mapping[str, str] | None:
+    def container(self, name: str) -> Message | None:
         """Returns the headers of a container; None if there is none."""
         answer = self._ask("HEAD", _container(name), f"swift://{self.cloud.name}/{name}", good=(200, 204, 404))
         return None if answer.status == 404 else answer.headers
@@ -242,11 +243,7 @@ class Client:
     @cached_property
     def most_segments(self) -> int:
         """Segments of one manifest."""
-        from urllib.parse import urlsplit, urlunsplit
-
-        parts = urlsplit(self.cloud.endpoint)
-        url = urlunsplit((parts.scheme, parts.netloc, "/info", "", ""))
-        answer = self._request("GET", url, f"swift://{self.cloud.name}", b"", {}, (200, 401, 403, 404))
+        answer = self._request("GET", "/info", f"swift://{self.cloud.name}", b"", {}, (200, 401, 403, 404))
         stated: Any = None
         if answer.status == 200:
             try:
@@ -287,15 +284,15 @@ class Client:
         limit: int = _WORDS,
     ) -> Answer:
         if {".", ".."} & set(path.partition("?")[0].split("/")):
-            # The library below resolves such parts, and would ask for another object.
+            # What is between here and the store may resolve such parts, and ask for another object.
             raise AccessError(f"{said}: has a part . or .. in its path")
-        url = self.cloud.endpoint + path
-        return self._request(method, url, said, body, headers or {}, good, payload=payload, limit=limit)
+        target = self.cloud.place.target.rstrip("/") + path
+        return self._request(method, target, said, body, headers or {}, good, payload=payload, limit=limit)
 
     def _request(
         self,
         method: str,
-        url: str,
+        target: str,
         said: str,
         body: bytes,
         headers: Mapping[str, str],
@@ -305,7 +302,7 @@ class Client:
         limit: int = _WORDS,
     ) -> Answer:
         """Returns an answer of at most `limit` bytes. Raises an error unless its status is one of `good`."""
-        why = ""
+        why, renewed = "", False
         for tries in range(1, TRIES + 1):
             if why:
                 time.sleep(PAUSE * 2 ** (tries - 2))
@@ -315,34 +312,65 @@ class Client:
                     name = "payload" if payload else "metadata"
                     self.sent = self.sent._replace(**{name: getattr(self.sent, name) + len(body)})
             try:
-                found = self.cloud.session.request(
-                    url,
-                    method,
-                    raise_exc=False,
-                    redirect=False,
-                    log=False,
-                    headers={"Accept-Encoding": "identity", **headers},
-                    timeout=SILENCE,
-                    stream=True,
-                    **({"data": body} if method in ("PUT", "POST") else {}),
-                )
-                with found:
-                    answer = _read(found, limit if found.status_code in good else _WORDS, tries)
-            except _transport_errors() as exc:
+                answer = self._answer(method, target, body, headers, good, limit, tries)
+            except (OSError, HTTPException) as exc:
                 why = _short(exc)
-                if "CERTIFICATE_VERIFY_FAILED" in str(exc):
-                    hint = "cacert in clouds.yaml, or OS_CACERT, names the authority that has signed it"
-                    raise AccessError(f"{said}: the store's certificate is refused: {why}", hint=hint) from exc
+                self._refuse_certificate(exc, said)
                 continue
             if answer.status in good:
                 self._last = answer, time.monotonic()
                 if answer.cut:
                     raise AccessError(f"{said}: has more than {limit} bytes")
                 return answer
+            if answer.status == 401 and not renewed and self.cloud.renew():
+                why, renewed = "", True
+                continue
             if answer.status not in _BUSY:
                 raise AccessError(f"{said}: {_doing(method)}: the store answers {_reason(answer)}")
             why = f"the store answers {_reason(answer)}"
         raise (ReadError if method in ("GET", "HEAD") else BackendError)(f"{said}: {_doing(method)}: {why}")
+
+    def _answer(
+        self,
+        method: str,
+        target: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        good: tuple[int, ...],
+        limit: int,
+        tries: int,
+    ) -> Answer:
+        """Returns the answer to one request, whatever its status; of a bad one not more than some words."""
+        signed = {
+            "Accept-Encoding": "identity",
+            "User-Agent": "vmconv",
+            "X-Auth-Token": self.cloud.token(),
+            **headers,
+        }
+        connection = self.cloud.connections.take(self.cloud.place)
+        whole = False
+        try:
+            found = connection.ask(self.cloud.place._replace(target=target), signed, limit, method, body)
+            most = limit if found.status in good else _WORDS
+            data = found.read(most + 1)
+            if len(data) <= most and found.length and method != "HEAD":
+                raise HTTPException("the answer ends too early")
+            # Only after a whole answer does the connection begin with another one.
+            whole = len(data) <= most and not found.will_close
+            return Answer(found.status, found.reason[:80], found.headers, data[:most], len(data) > most, tries)
+        finally:
+            if whole:
+                self.cloud.connections.put(connection)
+            else:
+                connection.close()
+
+    def _refuse_certificate(self, exc: Exception, said: str) -> None:
+        """Raises an error if the store's certificate does not hold: trying again is of no use."""
+        import ssl
+
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            hint = "cacert in clouds.yaml, or OS_CACERT, names the authority that has signed it"
+            raise AccessError(f"{said}: the store's certificate is refused: {exc.verify_message}", hint=hint) from exc
 
 
 def asked(question: Callable[[], Answered]) -> Future[Answered]:
@@ -374,25 +402,6 @@ def _container(name: str) -> str:
     from urllib.parse import quote
 
     return f"/{quote(name)}"
-
-
-@cache
-def _transport_errors() -> tuple[type[Exception], ...]:
-    from keystoneauth1.exceptions import ClientException
-    from requests.exceptions import RequestException
-
-    return ClientException, RequestException
-
-
-def _read(found: Any, limit: int, tries: int) -> Answer:
-    """Returns an answer with at most `limit` bytes of its body."""
-    data = bytearray()
-    for piece in found.iter_content(1 << 16):
-        data += piece
-        if len(data) > limit:
-            break
-    body, cut = bytes(data[:limit]), len(data) > limit
-    return Answer(found.status_code, str(found.reason)[:80], found.headers, body, cut, tries)
 
 
 def _short(exc: Exception) -> str:

@@ -9,67 +9,97 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.plugin import AccessError, UsageError, parse_url
+from vmconv.plugin import AccessError, Connections, Place, UsageError, parse_url
 
 if TYPE_CHECKING:
     import ssl
 
 ENVIRONMENT = "-"
 """The name of the cloud that the environment describes."""
+SILENCE = 60
+"""Seconds that the store may send nothing, or take nothing."""
+
+
+class _Access(NamedTuple):
+    """How the store is reached: a token, or a session that gets tokens; and how its certificate is verified.
+
+    `authority` names a file with certificates; empty for those that Python knows, None for no verification. `own` are
+    the files of a certificate that the store asks for, and its key.
+    """
+
+    address: str
+    token: str
+    session: Any
+    authority: str | None
+    own: tuple[str, str | None] | None
 
 
 class Cloud:
-    """A session with one cloud; `endpoint` is the URL of its account, without a slash at its end."""
+    """Access to the object store of one cloud.
+
+    `endpoint` is the URL of its account, without a slash at its end, and `place` the same. `connections` are to the
+    store, and kept until `close`.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         given, token = (os.environ.get(f"OS_{what}", "") for what in ("STORAGE_URL", "AUTH_TOKEN"))
         ready = name == ENVIRONMENT and given and token
-        self.session, address = _with_token(given, token) if ready else _signed_in(name)
-        if not address:
+        self._access = access = (
+            _Access(given, token, None, os.environ.get("OS_CACERT", ""), None) if ready else _signed_in(name)
+        )
+        if not access.address:
             raise AccessError(f"swift://{name}: the cloud has no object store")
-        self.endpoint = _address(name, address.rstrip("/"))
-        if self.session.verify is False:
+        if access.authority is None:
             raise UsageError(
                 f"swift://{name}: verify is false", hint="name the authority's certificate as cacert in clouds.yaml"
             )
+        self.endpoint = _address(name, access.address.rstrip("/"))
+        self.place = Place.of(parse_url(self.endpoint))
+        self.connections = Connections(f"swift://{name}", self.context(), silence=SILENCE)
 
     def token(self) -> str:
-        """Returns a token, a new one if the last has expired."""
-        from keystoneauth1.exceptions import ClientException
+        """Returns a token, a new one if the last has expired. Raises `ConnectionError` if another try may help."""
+        if self._access.session is None:
+            return self._access.token
+        from keystoneauth1.exceptions import ClientException, RetriableConnectionFailure
 
         try:
-            return str(self.session.get_token() or "")
+            return str(self._access.session.get_token() or "")
+        except RetriableConnectionFailure as exc:
+            raise ConnectionError(_short(exc)) from exc
         except ClientException as exc:
-            raise AccessError(f"swift://{self.name}: {' '.join(str(exc).split())[:300]}") from exc
+            raise AccessError(f"swift://{self.name}: {_short(exc)}") from exc
 
-    def renew(self) -> None:
-        """Forgets the token, so that the next is a new one."""
-        self.session.invalidate()
+    def renew(self) -> bool:
+        """Forgets the token, so that the next is a new one; False if there can be no other."""
+        return self._access.session is not None and bool(self._access.session.invalidate())
 
     def context(self) -> ssl.SSLContext | None:
         """Returns how to verify the store's certificate; None for the default."""
-        if self.session.verify is True:
+        authority, own = self._access.authority, self._access.own
+        if not authority and not own:
             return None
         import ssl
 
         try:
-            return ssl.create_default_context(cafile=str(self.session.verify))
+            made = ssl.create_default_context(cafile=authority or None)
         except OSError as exc:
-            raise UsageError(f"{self.session.verify}: cannot be read as certificates: {exc}") from exc
+            raise UsageError(f"{authority}: cannot be read as certificates: {exc}") from exc
+        if own:
+            try:
+                made.load_cert_chain(*own)
+            except OSError as exc:
+                raise UsageError(f"{own[0]}: cannot be read as a certificate with its key: {exc}") from exc
+        return made
+
+    def close(self) -> None:
+        self.connections.close()
 
 
-def _with_token(address: str, token: str) -> tuple[Any, str]:
-    """Returns a session with this token, and the address of the object store."""
-    from keystoneauth1.session import Session
-    from keystoneauth1.token_endpoint import Token
-
-    return Session(Token(address, token), verify=os.environ.get("OS_CACERT") or True), address
-
-
-def _signed_in(name: str) -> tuple[Any, str]:
+def _signed_in(name: str) -> _Access:
     """Returns a session with a cloud, and the address of its object store, empty if it has none."""
     with warnings.catch_warnings():
         # The library warns of what it does not use here.
@@ -81,9 +111,16 @@ def _signed_in(name: str) -> tuple[Any, str]:
         try:
             region = OpenStackConfig().get_one(cloud=None if name == ENVIRONMENT else name)
             session: Any = region.get_session()
-            return session, str(region.get_session_endpoint("object-store") or "")
+            address = str(region.get_session_endpoint("object-store") or "")
         except (ClientException, SDKException) as exc:
-            raise AccessError(f"swift://{name}: {' '.join(str(exc).split())[:300]}") from exc
+            raise AccessError(f"swift://{name}: {_short(exc)}") from exc
+    authority = {True: "", False: None}.get(session.verify, session.verify)
+    own = (session.cert, None) if isinstance(session.cert, str) else session.cert
+    return _Access(address, "", session, authority, own)
+
+
+def _short(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:300]
 
 
 def _address(name: str, endpoint: str) -> str:

@@ -71,9 +71,9 @@ def refuse_stranger(client: Client, own: str) -> bool:
 
 def make_own(client: Client, container: str) -> None:
     """Makes vmconv's container for one of the user's."""
-    own, headers = own_container(container), client.container(container) or {}
+    own, headers = own_container(container), client.container(container)
     # Who may read an object has to be allowed to read its segments.
-    readers = headers.get("X-Container-Read")
+    readers = headers.get("X-Container-Read") if headers else None
     client.make_container(own, {MARK: str(_VERSION)} | ({"X-Container-Read": readers} if readers else {}))
     if not refuse_stranger(client, own):
         raise BackendError(f"swift://{client.cloud.name}/{own}: was made, and is not there")

@@ -6,23 +6,21 @@ error. A request that fails on the way is repeated from where it ended, a bounde
 
 from __future__ import annotations
 
-import io
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPException, HTTPResponse
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import AccessError, ReadError, UsageError
 from vmconv.interface.scheme import Remote, parse_url
 from vmconv.io.remote import BLOCK
+from vmconv.io.schemes.connections import PORTS, Connection, Connections, Place, basic, failure
 
 if TYPE_CHECKING:
     import ssl
-    from typing import Any
+    from email.message import Message
 
     from vmconv.interface.scheme import Url
 
@@ -37,50 +35,15 @@ TRIES = 5
 _SHORT, _MOST_SHORT = 64 << 10, 64
 """Answers of fewer bytes, to requests for more, before it is an error."""
 
-SILENCE = 30.0
-"""Seconds that a server may send nothing."""
-SLOWEST = 16 << 10
-"""Bytes per second that an answer needs, after its first `SILENCE` seconds."""
 PAUSE = 0.5
 """Seconds before the first retry; doubled for each further one."""
 _LONGEST_PAUSE = 30.0
 """Seconds that a server may ask to wait for."""
 
-_PORTS = {"http": 80, "https": 443}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BUSY = frozenset({408, 429, 500, 502, 503, 504})
 # RFC 9110, section 14.4.
 _CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19})")
-# What a path and a query may hold besides unreserved characters; "%" because they are encoded already.
-_SAFE = "/%:@!$&'()*+,;=~?"
-
-
-class Place(NamedTuple):
-    """Where to send a request: `target` is path and query, encoded."""
-
-    scheme: str
-    host: str
-    port: int
-    target: str
-
-    @property
-    def origin(self) -> tuple[str, str, int]:
-        return self.scheme, self.host, self.port
-
-    @property
-    def authority(self) -> str:
-        """Host and port as the Host header has them."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
-
-    @classmethod
-    def of(cls, url: Url) -> Place:
-        from urllib.parse import quote
-
-        host = url.bare_host.encode("idna").decode() if not url.bare_host.isascii() else url.bare_host
-        path = quote(url.path or "/", safe=_SAFE)
-        query = f"?{quote(url.query, safe=_SAFE)}" if url.query else ""
-        return cls(url.scheme, host.lower(), url.port or _PORTS[url.scheme], path + query)
 
 
 class _Version(NamedTuple):
@@ -122,15 +85,15 @@ class HttpObject(Remote):
         sign: Sign | None = None,
         renew: Callable[[], object] | None = None,
         context: ssl.SSLContext | None = None,
-        seen: Mapping[str, str] | None = None,
+        seen: Mapping[str, str] | Message | None = None,
     ) -> None:
         if not url.host:
             raise UsageError(f"{url.shown}: has no host")
         self.shown = url.shown
         self._sign, self._renew = sign, renew
-        self._credentials = _basic(url)
+        self._credentials = basic(url)
         self._named = self._at = place or Place.of(url)
-        self._pool = _Pool(url.shown, context)
+        self._connections = Connections(url.shown, context)
         self._version: _Version | None = None
         self.size = BLOCK
         if seen is not None:
@@ -143,7 +106,7 @@ class HttpObject(Remote):
             self.head = bytes(head[:done])
             self.version = self._stated_version()
         except BaseException:
-            self._pool.close()
+            self._connections.close()
             raise
 
     @property
@@ -158,7 +121,7 @@ class HttpObject(Remote):
         self._read(offset, buffer)
 
     def close(self) -> None:
-        self._pool.close()
+        self._connections.close()
 
     def _read(self, offset: int, buffer: memoryview) -> int:
         """Fills the buffer and returns the bytes; fewer only at the end of the object, by the first request."""
@@ -195,17 +158,17 @@ class HttpObject(Remote):
             # Only after a whole answer does the connection begin with another one.
             whole = done == length and not answer.will_close and not answer.read(1)
         except (OSError, HTTPException) as exc:
-            why = _said(exc)
+            why = failure(exc)
         finally:
             if whole:
-                self._pool.put(connection)
+                self._connections.put(connection)
             else:
                 connection.close()
         if not done:
             raise _RetryableError(why)
         return done
 
-    def _answer(self, offset: int, length: int) -> tuple[_Connection, HTTPResponse]:
+    def _answer(self, offset: int, length: int) -> tuple[Connection, HTTPResponse]:
         """Returns the answer to a request for a range, after redirects, and its connection."""
         headers = {
             "Range": f"bytes={offset}-{offset + length - 1}",
@@ -216,13 +179,13 @@ class HttpObject(Remote):
         renew = self._renew
         for _ in range(MAX_REDIRECTS + 1):
             place = self._at
-            connection = self._pool.take(place)
+            connection = self._connections.take(place)
             try:
                 answer = connection.ask(place, self._signed(place, headers), length)
             except (OSError, HTTPException) as exc:
                 connection.close()
                 self._refuse_unreachable(exc)
-                raise _RetryableError(_said(exc)) from exc
+                raise _RetryableError(failure(exc)) from exc
             if answer.status == 206:
                 return connection, answer
             connection.close()
@@ -254,7 +217,7 @@ class HttpObject(Remote):
             url = parse_url(urljoin(f"{place.scheme}://{host}:{place.port}{place.target}", location).partition("#")[0])
         except (UsageError, ValueError) as exc:
             raise AccessError(f"{self.shown}: redirects to {location[:200]!r}, which is no URL") from exc
-        if url.scheme not in _PORTS or not url.host:
+        if url.scheme not in PORTS or not url.host:
             raise AccessError(f"{self.shown}: redirects to {url.shown}, which is not of HTTP")
         if place.scheme == "https" and url.scheme != "https":
             raise AccessError(
@@ -267,7 +230,7 @@ class HttpObject(Remote):
         import ssl
 
         if self._version is None and isinstance(exc, (socket.gaierror, ConnectionRefusedError)):
-            raise ReadError(f"{self.shown}: cannot be reached: {_said(exc)}") from exc
+            raise ReadError(f"{self.shown}: cannot be reached: {failure(exc)}") from exc
         if isinstance(exc, ssl.SSLCertVerificationError):
             hint = "SSL_CERT_FILE names a file with the certificates of other authorities"
             raise AccessError(f"{self.shown}: its certificate is refused: {exc.verify_message}", hint=hint) from exc
@@ -343,144 +306,3 @@ def _difference(old: _Version, new: _Version) -> str:
     name = next(name for name in old._fields if getattr(old, name) != getattr(new, name))
     before, after = (str(getattr(each, name))[:100] or "none" for each in (old, new))
     return f"{names[name]} was {before}, is {after}"
-
-
-def _basic(url: Url) -> str:
-    """Returns the Authorization header of a URL with a user (RFC 7617), empty for one without."""
-    if not (url.user or url.password):
-        return ""
-    from base64 import b64encode
-    from urllib.parse import unquote_to_bytes
-
-    return "Basic " + b64encode(unquote_to_bytes(url.user) + b":" + unquote_to_bytes(url.password)).decode()
-
-
-def _said(exc: Exception) -> str:
-    if isinstance(exc, TimeoutError):
-        return "the server is silent, or too slow"
-    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-    return " ".join(text.split())[:200] or type(exc).__name__
-
-
-# -- connections
-
-
-class _Timed(io.RawIOBase):
-    """The bytes of a socket, until a deadline. Each byte of a slow server would otherwise reset the time-out."""
-
-    def __init__(self, connection: socket.socket, deadline: float) -> None:
-        self._socket = connection
-        self._stream: Any = connection.makefile("rb", buffering=0)
-        self._deadline = deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._socket.settimeout(min(SILENCE, left))
-        count: int = self._stream.readinto(buffer)
-        return count
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
-
-
-class _Answer(HTTPResponse):
-    """An answer that is read until a deadline."""
-
-    def __init__(self, deadline: float, connection: socket.socket, *args: Any, **named: Any) -> None:
-        super().__init__(connection, *args, **named)
-        self.fp.close()
-        self.fp = io.BufferedReader(_Timed(connection, deadline))
-
-
-class _Connection:
-    """A connection to one place, perhaps through a proxy."""
-
-    def __init__(self, place: Place, context: ssl.SSLContext | None, proxy: Url | None) -> None:
-        self.place = place
-        self.used = False
-        self._whole = proxy is not None and place.scheme == "http"
-        host, port = (proxy.bare_host, proxy.port or 80) if proxy else (place.host, place.port)
-        self._headers = {"Proxy-Authorization": _basic(proxy)} if proxy and _basic(proxy) else {}
-        if place.scheme == "https":
-            self._http: HTTPConnection = HTTPSConnection(host, port, timeout=SILENCE, context=context)
-            if proxy:
-                self._http.set_tunnel(place.host, place.port, self._headers)
-        else:
-            self._http = HTTPConnection(host, port, timeout=SILENCE)
-
-    def ask(self, place: Place, headers: Mapping[str, str], length: int) -> HTTPResponse:
-        """Sends a request and returns its answer, of which only the head has been read."""
-        self._http.response_class = partial(_Answer, time.monotonic() + 2 * SILENCE + length / SLOWEST)  # type: ignore[assignment]
-        target = f"http://{place.authority}{place.target}" if self._whole else place.target
-        sent = {**headers, **(self._headers if self._whole else {})}
-        if "Host" not in sent:
-            sent["Host"] = place.authority
-        used, self.used = self.used, True
-        try:
-            self._http.request("GET", target, headers=sent)
-            return self._http.getresponse()
-        except (OSError, HTTPException) as exc:
-            # A server closes idle connections when it likes.
-            if not used or isinstance(exc, TimeoutError):
-                raise
-            self._http.close()
-            self._http.request("GET", target, headers=sent)
-            return self._http.getresponse()
-
-    def close(self) -> None:
-        self._http.close()
-
-
-class _Pool:
-    """Idle connections; each is used by one thread at a time."""
-
-    def __init__(self, shown: str, context: ssl.SSLContext | None) -> None:
-        self._shown = shown
-        self._idle: list[_Connection] = []
-        self._lock = threading.Lock()
-        self._context = context
-        self._closed = False
-
-    def take(self, place: Place) -> _Connection:
-        with self._lock:
-            for connection in self._idle:
-                if connection.place.origin == place.origin:
-                    self._idle.remove(connection)
-                    return connection
-            if place.scheme == "https" and self._context is None:
-                import ssl
-
-                self._context = ssl.create_default_context()
-            return _Connection(place, self._context, self._proxy(place))
-
-    def _proxy(self, place: Place) -> Url | None:
-        """Returns the proxy that the environment names for a place."""
-        from urllib.request import getproxies, proxy_bypass
-
-        named = getproxies().get(place.scheme)
-        if not named or proxy_bypass(place.host):
-            return None
-        proxy = parse_url(named if "://" in named else f"http://{named}")
-        if proxy.scheme != "http":
-            raise UsageError(f"{proxy.shown}: a proxy of {self._shown} has to be of http")
-        return proxy
-
-    def put(self, connection: _Connection) -> None:
-        with self._lock:
-            if not self._closed:
-                self._idle.append(connection)
-                return
-        connection.close()
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()

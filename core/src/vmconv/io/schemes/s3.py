@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.errors import AccessError, UsageError
 from vmconv.interface.scheme import parse_url
-from vmconv.io.schemes.http import HttpObject, Place
+from vmconv.io.schemes.connections import Place
+from vmconv.io.schemes.http import HttpObject
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
