@@ -91,6 +91,31 @@ def test_a_note_that_is_none_is_replaced(tmp_path: Path, note: bytes) -> None:
     assert owner(tmp_path, ONE) == owner(tmp_path, OTHER) == ONE
 
 
+HOSTILE: list[dict[str, Any]] = [
+    {"since_ms": float("inf")},
+    {"since_ms": 10**3000},
+    {"since_ms": -1},
+    {"node": "\ud800"},
+    {"node": "<b>"},
+    {"node": ""},
+    {"how": "\ud800"},
+]
+
+
+def write_note(path: Path, **said: Any) -> None:
+    """Writes a note with one owner, as anybody does who may write into the directory."""
+    step = {"node": OTHER, "since_ms": 5, "how": "declared"} | said
+    os.setxattr(path, ATTRIBUTE, json.dumps({"storage": "5" * 32, "place": {}, "history": [step]}).encode())
+
+
+@pytest.mark.parametrize("said", HOSTILE)
+def test_what_no_node_writes_is_no_note(tmp_path: Path, said: dict[str, Any]) -> None:
+    write_note(tmp_path)
+    assert owner(tmp_path, ONE) == OTHER
+    write_note(tmp_path, **said)
+    assert owner(tmp_path, ONE) == ONE
+
+
 def test_a_copied_note_does_not_count(tmp_path: Path) -> None:
     original, copy = tmp_path / "original", tmp_path / "copy"
     original.mkdir()
@@ -134,6 +159,25 @@ def ask(node: Node, target: Node, verb: str, **arguments: Any) -> Record:
     answer = node.service.response(request, 60)
     assert answer
     return answer
+
+
+@pytest.mark.parametrize("said", HOSTILE)
+def test_a_hostile_note_ends_no_scan(pair: Sequence[Node], tmp_path: Path, said: dict[str, Any]) -> None:
+    node = pair[0]
+    paths = {name: tmp_path / name for name in ("a", "b")}
+    for path in paths.values():
+        path.mkdir()
+        make_disk(path / "disk.raw", MIB)
+    write_note(paths["a"], **said)
+    scanner = Scanner(node.service, {name: str(path) for name, path in paths.items()})
+    scanner.start()
+    try:
+        for name in paths:
+            found = node.body_when(node.id, "datastore", name, lambda one: one.body.get("scanned_ms", 0) > 0)
+            assert "problem" not in found.body
+            assert found.body["owner"] == node.id
+    finally:
+        scanner.stop()
 
 
 def listed(node: Node) -> set[str]:

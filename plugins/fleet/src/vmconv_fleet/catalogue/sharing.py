@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -37,6 +38,7 @@ _NETWORK = frozenset(
     | {"smb3", "virtiofs"}
 )
 JUICEFS = "fuse.juicefs"
+_STORAGE, _NODE, _HOW = (re.compile(each) for each in ("[0-9a-f]{32}", "[1-9a-f][0-9a-f]{31}", "[a-z]{1,16}"))
 _ROOT = 1
 _GETFSUUID = 0x80111500
 
@@ -254,16 +256,24 @@ def _file(directory: int) -> bytes | None:
 
 
 def parsed(data: bytes) -> Holding | None:
-    """Returns who owns a storage by its note; None if the note is not valid."""
+    """Returns who owns a storage by its note; None if the note is not valid.
+
+    It is copied into records, and others may have written it: so each field is what a node would write.
+    """
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         said = json.loads(data)
-        history = tuple(
-            {"node": str(one["node"])[:32], "since_ms": int(one["since_ms"]), "how": str(one["how"])[:16]}
-            for one in said["history"]
-        )
-        if history and isinstance(said["place"], dict):
-            return Holding(str(said["storage"])[:32], said["place"], history[-MAX_HISTORY:])
+        history = tuple(_step(one) for one in said["history"])
+        if history and isinstance(said["place"], dict) and _STORAGE.fullmatch(said["storage"]):
+            return Holding(said["storage"], said["place"], history[-MAX_HISTORY:])
     return None
+
+
+def _step(said: Any) -> dict[str, Any]:
+    """Returns an owner in the history of a note. Raises ValueError, TypeError or KeyError for what is none."""
+    node, since, how = said["node"], said["since_ms"], said["how"]
+    if not (_NODE.fullmatch(node) and _HOW.fullmatch(how) and isinstance(since, int) and 0 <= since < 1 << 53):
+        raise ValueError
+    return {"node": node, "since_ms": since, "how": how}
 
 
 def _write_file(directory: int, data: bytes, *, replace: bool) -> None:
