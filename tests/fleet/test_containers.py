@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -330,9 +330,14 @@ def test_very_many_objects_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ContainerScan, "_image", image)
 
+    alive: list[str] = []
+
+    def reading(_datastore: str, _name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def look(known: Mapping[str, Any]) -> dict[str, Any]:
         many.requests = many.listed = 0
-        scan = ContainerScan(installed(), Ownership(), {"ds": known}, lambda _datastore, _name: nullcontext())
+        scan = ContainerScan(installed(), Ownership(), {"ds": known}, reading, alive.append)
         return {body.get("name", ""): body for _, _, body in scan.records("ds", "swift://cloud/many")}
 
     found = look({})
@@ -340,6 +345,7 @@ def test_very_many_objects_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     store = found.pop("")
     assert (len(found), store["disks"]) == (containers.MAX_IMAGES, containers.MAX_IMAGES)
     assert "more than 10000 images" in store["problem"]
+    assert len(alive) > containers.MAX_OBJECTS // 20_000
 
     def unread(found: Mapping[str, Any]) -> int:
         return sum("the next one continues" in body.get("problem", "") for body in found.values())
@@ -374,6 +380,30 @@ def test_a_container_that_cannot_be_listed_keeps_its_disks(tmp_path: Path, path:
         assert problem in store.body["problem"]
         assert KEY not in json.dumps(store.body)
         assert set(listed(node)) == {"a.raw"}
+
+
+def test_a_store_that_does_not_answer_holds_up_no_other_datastore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    monkeypatch.setattr("vmconv_fleet.catalogue.scanning.STUCK", 5.0)
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    make_disk(directory / "b.raw", MIB)
+    with socket.create_server(("127.0.0.1", 0)) as silent, nodes(1, tmp_path) as (node,):
+        auth = {"auth_url": f"http://127.0.0.1:{silent.getsockname()[1]}/auth", "username": USER, "password": KEY}
+        clouds = {"silent": {"auth_type": "v1password", "auth": auth, "region_name": ""}}
+        (tmp_path / "silent.yaml").write_text(json.dumps({"clouds": clouds}))
+        monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(tmp_path / "silent.yaml"))
+        node.write(Change("disk", disk_id("a", "a.raw"), {"datastore": "a", "name": "a.raw"}))
+        with scanned(node, a="swift://silent/images", b=str(directory)):
+            first, second = (node.service.view().get(node.id, "datastore", name) for name in "ab")
+        assert first
+        assert "its store does not answer" in first.body["problem"]
+        assert second
+        assert "problem" not in second.body
+        assert set(listed(node)) == {"a.raw", "b.raw"}
 
 
 @pytest.mark.parametrize(

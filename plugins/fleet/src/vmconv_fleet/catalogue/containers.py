@@ -28,6 +28,8 @@ MAX_REQUESTS = 20_000
 """Requests of a scan, but for those of the last image."""
 
 _MAX_VERSION = 255
+_LISTED = 1000
+"""Objects after which a scan says that it goes on."""
 
 Body = dict[str, Any]
 Record = tuple[str, str, Body]
@@ -78,7 +80,8 @@ class ContainerScan:
     """Lists containers.
 
     `known` are the disks of the last scan by datastore and name: unchanged ones that could be read are not read again.
-    `reading` limits the time of reading one object, given the datastore and the object's name.
+    `reading` limits the time of reading one object, given the datastore and the object's name. `alive` is called now
+    and then while a datastore is listed, given its name.
     """
 
     def __init__(
@@ -87,16 +90,19 @@ class ContainerScan:
         ownership: Ownership,
         known: Mapping[str, Mapping[str, Body]],
         reading: Callable[[str, str], AbstractContextManager[None]],
+        alive: Callable[[str], None],
     ) -> None:
         self._registry = registry
         self._ownership = ownership
         self._known = known
         self._reading = reading
+        self._alive = alive
 
     def records(self, datastore: str, path: str) -> Iterator[Record]:
         """Yields the records of a datastore, its own last; without a size if the container cannot be listed."""
         own: Body = {"path": path, "filesystem": path.partition(":")[0], "scanned_ms": wall_ms()}
         try:
+            self._alive(datastore)
             container = container_at(path)
             own |= self._ownership.of_container(datastore, ContainerNote(container))
             if own.get("owner", self._ownership.node) == self._ownership.node:
@@ -112,7 +118,7 @@ class ContainerScan:
 
     def _contents(self, datastore: str, container: ObjectContainer) -> Generator[Record, None, Body]:
         remarks: list[str] = []
-        found = list(islice(self._disks(container, remarks), MAX_IMAGES + 1))
+        found = list(islice(self._disks(datastore, container, remarks), MAX_IMAGES + 1))
         if len(found) > MAX_IMAGES:
             remarks.append(f"more than {MAX_IMAGES} images: the rest is not listed")
         disks = found[:MAX_IMAGES]
@@ -122,10 +128,12 @@ class ContainerScan:
             yield "disk", disk_id(datastore, one.name), self._disk(datastore, container, one, last)
         return {"disks": len(disks)} | ({"problem": problem_of(remarks)} if remarks else {})
 
-    def _disks(self, container: ObjectContainer, remarks: list[str]) -> Iterator[StoredObject]:
+    def _disks(self, datastore: str, container: ObjectContainer, remarks: list[str]) -> Iterator[StoredObject]:
         """Yields the objects that may be images, as files of the same names would be."""
         objects = container.objects()
-        for one in islice(objects, MAX_OBJECTS):
+        for number, one in enumerate(islice(objects, MAX_OBJECTS)):
+            if number % _LISTED == 0:
+                self._alive(datastore)
             *directories, own = one.name.split("/")
             if self._registry.format_by_suffix(own, "disk") is None or len(directories) > MAX_DEPTH:
                 continue

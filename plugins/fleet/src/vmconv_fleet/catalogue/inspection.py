@@ -8,8 +8,9 @@ A datastore that another node owns has no disks here, see `sharing`. `known` are
 capabilities are still the same.
 
 It prints one JSON document per line: `{"kind", "id", "body"}` for each record of the catalogue, and `{"begins": [NAME,
-FILE]}` before it reads a file, so that its caller knows which file it died of, to `skip` it the next time. The number
-of files, the depth of directories, the time per image and the length of texts are bounded.
+FILE]}` before it reads a file, so that its caller knows which file it died of, to `skip` it the next time. FILE is
+empty while a container is listed. The number of files, the depth of directories, the time per image and the length of
+texts are bounded.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ class _Inspection:
     def records(self, datastore: str) -> Iterator[tuple[str, str, Body]]:
         """Yields the records of one datastore, the datastore's own last: it confirms that the others are complete."""
         if datastore in self._containers:
-            scan = ContainerScan(self.registry, self.ownership, self.known, self._reading)
+            scan = ContainerScan(self.registry, self.ownership, self.known, self._reading, self._begins_listing)
             yield from scan.records(datastore, self._containers[datastore])
             return
         began, root = wall_ms(), self._roots[datastore]
@@ -324,6 +325,12 @@ class _Inspection:
         print(json.dumps({"begins": [datastore, name]}), flush=True)
         with self._clock.limited():
             yield
+
+    def _begins_listing(self, datastore: str) -> None:
+        """Says that a store is asked. Raises VmconvError for a datastore to skip."""
+        if problem := self._skip.get(datastore, {}).get(""):
+            raise VmconvError(problem)
+        print(json.dumps({"begins": [datastore, ""]}), flush=True)
 
     def _disk(self, found: _Found, parts: _Parts) -> Body:
         body: Body = {"datastore": found.datastore, "name": found.name}

@@ -35,6 +35,8 @@ STUCK = 60.0
 MAX_DEATHS = 20
 """The files of which the inspection may die in one scan."""
 
+_DIED = "cannot be read: its inspection crashed, or did not end"
+_SILENT = "cannot be listed: its store does not answer, or its inspection crashed"
 _BATCH = 200
 _ACTS = ("give_to", "take")
 _WATCH_STEP = 1.0
@@ -184,7 +186,7 @@ class Scanner:
         _log.info("scanned", extra={"fields": {"datastores": sorted(complete), "records": len(found)}})
 
     def _inspected(self, datastores: Mapping[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Yields the records that the inspection prints. A file of which it dies is skipped in another attempt."""
+        """Yields the records that the inspection prints. What it dies of is skipped in another attempt."""
         left, skip = dict(datastores), dict[str, dict[str, str]]()
         until = time.monotonic() + PATIENCE
         for _ in range(MAX_DEATHS + 1):
@@ -198,7 +200,7 @@ class Scanner:
                 return
             datastore, name = self._begun
             _log.warning("the inspection died of %s in %s", name, datastore)
-            skip.setdefault(datastore, {})[name] = "cannot be read: its inspection crashed, or did not end"
+            skip.setdefault(datastore, {})[name] = _DIED if name else _SILENT
 
     def _attempt(
         self, datastores: Mapping[str, str], skip: Mapping[str, Mapping[str, str]], until: float
