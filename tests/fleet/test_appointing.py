@@ -8,7 +8,7 @@ import pytest
 
 from fleet.asking import ASKED, HERE, OTHER, THIRD, Replica
 from vmconv.errors import VmconvError
-from vmconv_fleet.catalogue.appointing import may_convert
+from vmconv_fleet.catalogue.appointing import converters, may_convert
 
 STORAGE = {"storage": "5" * 32, "owner": OTHER}
 DISKS: dict[str, dict[str, Any]] = {
@@ -110,6 +110,21 @@ def test_the_owner_alone_makes_targets_elsewhere(replica: Replica) -> None:
     for verb, source in (("convert", "whole"), ("convert-machine", "good")):
         with pytest.raises(VmconvError, match="made beside its source"):
             ask(replica, verb, source, target_datastore="ds")
+
+
+@pytest.mark.parametrize("said", [None, 5, "abc", [5], {"a": 1}])
+def test_records_of_another_node_may_be_anything(replica: Replica, said: Any) -> None:
+    replica.add(OTHER, "disk", "whole", {"datastore": "theirs", "name": "whole.raw", "chain": said})
+    replica.add(OTHER, "vm", "good", {"datastore": "theirs", "file": "good.vmx", "disks": said})
+    for kind, name in (("disk", "whole"), ("disk", "overlay"), ("vm", "good"), ("vm", "split")):
+        record = replica.get(OTHER, kind, name)
+        assert record
+        assert may_convert(replica, HERE, record) == (name == "overlay")
+    replica.add(OTHER, "datastore", "theirs", {"path": "/srv/theirs", "converters": said, **STORAGE})
+    assert converters(replica, OTHER, "theirs") == [OTHER]
+    record = replica.get(OTHER, "disk", "overlay")
+    assert record
+    assert not may_convert(replica, HERE, record)
 
 
 def test_without_an_appointment_no_machine_is_converted(replica: Replica) -> None:

@@ -19,6 +19,7 @@ from vmconv.plugin import AccessError
 from vmconv_fleet.catalogue import sharing
 from vmconv_fleet.catalogue.scanning import Scanner
 from vmconv_fleet.catalogue.sharing import ATTRIBUTE, FILE, MAX_HISTORY, MAX_NOTE, hold, nearest, refuse_unless_owner
+from vmconv_fleet.jobs.runner import JobRunner
 from vmconv_fleet.replication.records import Change, Record
 
 ONE, OTHER, THIRD = "1" * 32, "2" * 32, "3" * 32
@@ -178,6 +179,43 @@ def test_a_hostile_note_ends_no_scan(pair: Sequence[Node], tmp_path: Path, said:
             assert found.body["owner"] == node.id
     finally:
         scanner.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("disk", {"datastore": "theirs", "name": "a.raw", "chain": 5}),
+        ("disk", {"datastore": "theirs", "name": "a.raw", "chain": [5]}),
+        ("disk", {"datastore": "theirs", "name": 5}),
+        ("disk", {"datastore": "theirs"}),
+        ("disk", {"name": "a.raw"}),
+        ("datastore", {"path": "/srv", "storage": "5" * 32, "converters": 5}),
+        ("policy", {"naming": 5}),
+    ],
+)
+def test_invalid_records_of_the_owner_fail_its_job_and_nothing_else(
+    pair: Sequence[Node], tmp_path: Path, kind: str, body: dict[str, Any]
+) -> None:
+    here, other = pair
+    shared: dict[str, Any] = {"path": str(tmp_path), "storage": "5" * 32, "owner": other.id}
+    here.write(Change("datastore", "mine", shared))
+    records: dict[str, tuple[str, dict[str, Any]]] = {
+        "datastore": ("theirs", {**shared, "converters": [here.id]}),
+        "disk": ("d", {"datastore": "theirs", "name": "a.raw"}),
+        "policy": ("conversion", {}),
+    }
+    records[kind] = (records[kind][0], body | ({"owner": other.id} if kind == "datastore" else {}))
+    other.write(*(Change(kind, identifier, said) for kind, (identifier, said) in records.items()))
+    here.until(lambda: here.service.view().get(other.id, "policy", "conversion"))
+    job = {"state": "queued", "created_ms": 1, "disk": "d", "of": other.id, "datastore": "mine", "format": "qcow2"}
+    here.write(Change("job", "j1", {**job, "source": "a.raw"}))
+    runner = JobRunner(here.service, str(here.directory))
+    runner.start()
+    try:
+        ended = here.body_when(here.id, "job", "j1", lambda one: one.body["state"] == "failed").body
+    finally:
+        runner.stop()
+    assert (ended["attempts"], runner.thread.counters["failures"]) == (1, 0), ended
 
 
 def listed(node: Node) -> set[str]:

@@ -8,7 +8,7 @@ its end is known, and with the ownership.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from vmconv.plugin import printable
 from vmconv_fleet.catalogue.places import is_container
@@ -34,7 +34,7 @@ def own_datastore(records: Records, node: str, of: str, source: Record) -> str:
     theirs = records.get(of, "datastore", name)
     if theirs is None or theirs.body.get("owner") != of or not theirs.body.get("storage"):
         raise Refusal(f"datastore {name} of node {of} is no shared storage of its own")
-    if node not in theirs.body.get("converters", ()):
+    if node not in _list(theirs.body.get("converters", [])):
         raise Refusal(f"node {of} has not appointed this node to convert its datastore {name}")
     mine = _on(records, node, theirs)
     if mine is None:
@@ -71,10 +71,14 @@ def _elsewhere(records: Records, source: Record, *, same_path: bool) -> str | No
     A path from the root leads to the same file only with the `same_path` to the datastore.
     """
     if source.kind == "vm":
-        parts = () if source.body.get("packaged") else source.body.get("disks", ())
+        parts = [] if source.body.get("packaged") else source.body.get("disks", [])
     else:
-        parts = source.body.get("chain", ())
+        parts = source.body.get("chain", [])
+    if not isinstance(parts, list):
+        return ""
     for part in parts:
+        if not isinstance(part, dict):
+            return ""
         name = str(part.get("name", ""))
         # A disk without a file.
         if not name:
@@ -95,7 +99,13 @@ def converters(records: Records, of: str, datastore: str) -> list[str]:
     theirs = records.get(of, "datastore", datastore)
     if theirs is None or theirs.body.get("owner") != of or not theirs.body.get("storage"):
         return [of]
-    return [of, *(node for node in theirs.body.get("converters", ()) if node != of and _on(records, node, theirs))]
+    appointed = (one for one in _list(theirs.body.get("converters", [])) if isinstance(one, str))
+    return [of, *(node for node in appointed if node != of and _on(records, node, theirs))]
+
+
+def _list(said: Any) -> list[Any]:
+    """Returns a field of another node's record, which may be anything, as a list."""
+    return said if isinstance(said, list) else []
 
 
 def _on(records: Records, node: str, theirs: Record) -> str | None:

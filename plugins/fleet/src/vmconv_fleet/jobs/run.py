@@ -120,6 +120,13 @@ class Run:
             return
         try:
             task = self._task(body)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            if not (of := body.get("of")):
+                raise
+            # What another node says may be anything, and must not hold up the jobs of this one.
+            _log.exception("records of node %s are not valid: job %s", of, self._job)
+            self._update(partial(Job.failed, message=f"what node {of} says about the source or its rules is not valid"))
+            return
         except Refusal as exc:
             self._update(partial(Job.failed, message=str(exc)))
             return
