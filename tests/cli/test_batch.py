@@ -113,6 +113,27 @@ def test_two_disks_of_one_name_are_refused_before_anything_is_made(disks: list[P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("linked", ["tree/b", "a.qcow2"])
+def test_two_disks_that_links_give_one_target_are_refused(tmp_path: Path, linked: str, capsys: Capture) -> None:
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    for number, name in enumerate(["a.raw", "b.raw", "tree/a/disk.raw", "tree/b/disk.raw"]):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        make_disk(tree / name, MIB, seed=number)
+    (out / "tree" / "a").mkdir(parents=True)
+    (out / linked).symlink_to("a" if linked == "tree/b" else "b.qcow2")
+    assert run("-O", "qcow2", "--recursive", "--force", "--directory", out, tree) == 2
+    assert "would both become" in capsys.readouterr().err
+    assert not list(out.rglob("disk.qcow2"))
+
+
+def test_an_empty_directory_is_not_the_current_one(
+    disks: list[Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(disks[0].parent)
+    assert run("-O", "qcow2", "--directory", "", disks[0]) == 2
+    assert "--directory: '' is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_no_target_replaces_another_source_of_the_run(
     tmp_path: Path, qemu_img: QemuImg, jobs: int, capsys: Capture

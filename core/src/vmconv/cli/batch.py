@@ -78,6 +78,8 @@ def _refuse(options: argparse.Namespace) -> None:
 
     if options.format_O is None:
         raise UsageError("--directory needs the format of the targets", hint="name it with -O")
+    if not options.directory:
+        raise UsageError("--directory: '' is empty", hint=". is the current directory")
     if options.jobs < 1:
         raise UsageError(f"--jobs: {options.jobs} is not a number of conversions")
     for given, name in (

@@ -62,16 +62,28 @@ def requests(
         for path, below in _images(source, registry, common, directory if recursive else None):
             name = parse_url(path).name if is_url(path) else os.path.basename(path.rstrip("/"))
             target = os.path.normpath(os.path.join(directory, below, new_name(name, wanted, registry)))
-            if target in found:
+            place = _place(target, common)
+            if place in found:
                 raise UsageError(
-                    f"{without_secrets(found[target].source)} and {without_secrets(path)} would both become {target}",
+                    f"{without_secrets(found[place].source)} and {without_secrets(path)} would both become {target}",
                     hint="convert one of them alone, with a name of its own",
                 )
-            found[target] = common._replace(source=path, target=target, target_format=wanted.name)
+            found[place] = common._replace(source=path, target=target, target_format=wanted.name)
     if not (common.force and any(map(os.path.lexists, found))):
         return list(found.values())
     spared = frozenset().union(*(_parts(request, registry) for request in found.values()))
     return [request._replace(spared=spared) for request in found.values()]
+
+
+def _place(target: str, common: Request) -> str:
+    """Returns the path of the file that a conversion to `target` makes: symbolic links are followed.
+
+    Without `force` a link that exists is not followed, because nothing is made there.
+    """
+    if common.force:
+        return os.path.realpath(target)
+    directory, name = os.path.split(target)
+    return os.path.join(os.path.realpath(directory), name)
 
 
 def _parts(request: Request, registry: Registry) -> set[_Id]:
