@@ -22,6 +22,9 @@ from vmconv.errors import UsageError
         ("driver=host_device,filename=/dev/x", True, ("/dev/x", "raw")),
         ('json:{"driver": "qcow2", "file": {"driver": "file", "filename": "a"}}', False, ("a", "qcow2")),
         ('json:{"driver": "raw", "file.filename": "a"}', False, ("a", "raw")),
+        # The driver reads local files.
+        ("driver=raw,file.filename=-", True, ("./-", "raw")),
+        ("driver=file,filename=https://localhost/x", True, ("./https://localhost/x", "raw")),
         ("driver=qcow2", False, ("driver=qcow2", None)),
     ],
 )
@@ -40,6 +43,10 @@ def test_a_path_and_a_format(text: str, image_opts: bool, found: tuple[str, str 
         ('json:{"driver": "qcow2", "file": 3}', "file=3: is not taken"),
         ('json:{"driver": "raw", "offset": 512, "file": {"filename": "x"}}', "offset=512: is not taken"),
         ('json:{"driver": "qcow2", "file": {"filename": "x"}, "file.filename": "y"}', "file.filename: is given twice"),
+        ('json:{"driver": "qcow2", "driver": "raw", "file": {"filename": "x"}}', "driver: is given twice"),
+        ('json:{"driver": "raw", "file": {"filename": "a\\u0000b"}}', "filename='a.*: is not the name of a file"),
+        ('json:{"driver": "raw", "file": {"filename": "\\ud800"}}', "filename='.*: is not the name of a file"),
+        ('json:{"driver": "raw", "file": {"filename": ""}}', "filename='': is not the name of a file"),
         ("json:[]", "is not an object"),
         ("json:{", "is not JSON"),
         ("json:" + "[" * 30000, "is not JSON"),
@@ -56,6 +63,8 @@ def test_all_else_is_refused_by_its_key(text: str, problem: str) -> None:
 def test_options_that_are_none() -> None:
     with pytest.raises(UsageError, match=r"'disk\.qcow2' is not key=value"):
         named("disk.qcow2", None, image_opts=True)
+    with pytest.raises(UsageError, match="',' is not key=value"):
+        named(",,", None, image_opts=True)
     with pytest.raises(UsageError, match="-f and the notation"):
         named("driver=qcow2,file.filename=x", "qcow2", image_opts=True)
 

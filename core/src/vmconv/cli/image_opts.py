@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vmconv.errors import UsageError
+from vmconv.interface.scheme import STANDARD_INPUT, is_url
 
 _JSON = "json:"
 _FILE_DRIVERS = ("file", "host_device")
@@ -42,19 +43,30 @@ def _source(given: dict[str, str]) -> tuple[str, str]:
         raise UsageError(f"{unknown[0]}={given[unknown[0]]}: is not taken", hint=hint)
     driver, protocol = given.get("driver"), given.get("file.driver", "file")
     if driver in _FILE_DRIVERS and "filename" in given and not any(key.startswith("file.") for key in given):
-        return given["filename"], "raw"
+        return _local(given["filename"]), "raw"
     if protocol not in _FILE_DRIVERS:
         raise UsageError(f"file.driver={protocol}: only file and host_device are read")
     if driver is None or driver in _FILE_DRIVERS or "file.filename" not in given or "filename" in given:
         raise UsageError("a source in QEMU's notation has driver=FORMAT and file.filename=PATH")
-    return given["file.filename"], driver
+    return _local(given["file.filename"]), driver
+
+
+def _local(path: str) -> str:
+    """Returns the path of a file whose name may look like a URL or like standard input."""
+    try:
+        if "\0" in path or not os.fsencode(path):
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"filename={path!r}: is not the name of a file") from None
+    return f"./{path}" if is_url(path) or path == STANDARD_INPUT else path
 
 
 def _options(text: str) -> dict[str, str]:
     """Returns the options of `key=value,key=value`, in which a comma of a value is written twice."""
     given: dict[str, str] = {}
-    for part in text[:_MOST].replace(",,", "\0").split(","):
-        key, equals, value = part.replace("\0", ",").partition("=")
+    for escaped in text[:_MOST].replace(",,", "\0").split(","):
+        part = escaped.replace("\0", ",")
+        key, equals, value = part.partition("=")
         if not equals or not key:
             raise UsageError(f"--image-opts: {part!r} is not key=value")
         _add(given, key, value)
@@ -64,15 +76,25 @@ def _options(text: str) -> dict[str, str]:
 def _members(text: str) -> dict[str, str]:
     """Returns the members of a JSON object; those of nested objects with dots in their keys, as QEMU has them."""
     try:
-        found = json.loads(text.removeprefix(_JSON)) if len(text) <= _MOST else None
+        found = json.loads(text.removeprefix(_JSON), object_pairs_hook=_once) if len(text) <= _MOST else None
+        if not isinstance(found, dict):
+            raise UsageError(f"{text[:64]!r}: is not an object of at most {_MOST} characters")
+        given: dict[str, str] = {}
+        for key, value in _flat(found, ""):
+            _add(given, key, value)
     except (ValueError, RecursionError) as exc:
         raise UsageError(f"{text[:64]!r}: is not JSON: {exc}") from exc
-    if not isinstance(found, dict):
-        raise UsageError(f"{text[:64]!r}: is not an object of at most {_MOST} characters")
-    given: dict[str, str] = {}
-    for key, value in _flat(found, ""):
-        _add(given, key, value)
     return given
+
+
+def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; raises `UsageError` for a key that is there twice, as QEMU does."""
+    found: dict[str, Any] = {}
+    for key, value in members:
+        if key in found:
+            raise UsageError(f"{key}: is given twice")
+        found[key] = value
+    return found
 
 
 def _flat(members: dict[str, Any], above: str) -> Iterator[tuple[str, str]]:
