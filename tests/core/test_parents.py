@@ -97,13 +97,13 @@ def test_a_rebase_takes_the_old_parent_elsewhere(disk: Path, name: str) -> None:
     assert main(["rebase", "-u", "-b", empty.name, "--parent", str(away), str(child)]) == 2
 
 
-@pytest.mark.parametrize("command", [["resize", "+1M"], ["commit"], ["convert", "new.raw"]])
+@pytest.mark.parametrize("command", [["resize", "+1M"], ["commit"], ["convert", "new.raw"], ["rebase", "-b", ""]])
 def test_the_hint_names_an_option_that_the_command_has(disk: Path, command: list[str], capsys: Capture) -> None:
     base, child = chain(disk, "qcow2")
     moved(base)
     assert main([command[0], str(child), *command[1:]]) == 1
     hint = capsys.readouterr().err.partition("hint: ")[2]
-    assert "rebase -u" in hint and ("--parent" in hint) == (command[0] == "convert")
+    assert "rebase -u" in hint and ("--parent" in hint) == (command[0] in ("convert", "rebase"))
 
 
 @pytest.mark.parametrize("name", NAMING)

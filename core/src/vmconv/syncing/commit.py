@@ -133,6 +133,7 @@ class _Commit:
             force=asked.force,
             allow_external=asked.allow_external,
             source_backing_format=asked.source_backing_format,
+            parents=None,
         )
         self.warnings = tuple(
             f"{layer.file.name}: lies between, and no longer reads its own disk" for layer in self.upper[1:]

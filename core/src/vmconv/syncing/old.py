@@ -102,17 +102,18 @@ def opened(
         judge(seen)
         image.warnings += tuple(text for text in (neighbours.warning(seen),) if text)
         image.warnings += tuple(_saved_states(directory, name, registry))
-        if is_layer and request.parents:
+        if is_layer:
             _open_parents(image, opener, request.parents)
         yield Old(image, found, options, own)
 
 
-def _open_parents(image: Image, opener: Opener, parents: Sequence[str]) -> None:
+def _open_parents(image: Image, opener: Opener, parents: Sequence[str] | None) -> None:
     """Opens the layers below, with parents that the user names; earlier, they would be taken for parts of the image."""
     opener.given = GivenParents(parents)
-    for _ in image.chain():
-        pass
-    opener.given.refuse_unused()
+    if parents:
+        for _ in image.chain():
+            pass
+        opener.given.refuse_unused()
 
 
 def _saved_states(directory: Directory, name: str, registry: Registry) -> Iterator[str]:

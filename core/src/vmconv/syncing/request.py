@@ -25,7 +25,7 @@ class SyncRequest(NamedTuple):
     changed, whatever the record of the last sync says. `shrink` allows a smaller disk. `record` writes a record of this
     sync into the target's attributes. `force` allows a target that was modified, that has nothing in common with the
     source, or that loses snapshots and the like. `parents` are for layers of the source whose parent is not where they
-    say.
+    say; None for a command that takes none.
     """
 
     source: FilePath
@@ -45,7 +45,7 @@ class SyncRequest(NamedTuple):
     force_share: bool = False
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
-    parents: FilePaths = ()
+    parents: FilePaths | None = ()
 
     def conversion(self, target_format: str | None, *, force: bool) -> Request:
         """Returns the request of a conversion from the same source to the same target."""
@@ -65,7 +65,7 @@ class SyncRequest(NamedTuple):
             force_share=self.force_share,
             allow_external=self.allow_external,
             source_backing_format=self.source_backing_format,
-            parents=self.parents,
+            parents=self.parents or (),
         )
 
 
