@@ -359,3 +359,25 @@ def test_names_of_files_do_not_reach_the_terminal(
         said = b"".join(capfdbinary.readouterr())
         assert not {*said} & {0x07, 0x1B}, command
         assert b"\nc: shared" not in said, command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert", "DISK", ""], "argument target: '' is empty"),
+        (["convert", "-n", "DISK", ""], "argument target: '' is empty"),
+        (["plan", "-O", "qcow2", "DISK", ""], "argument target: '' is empty"),
+        (["sync", "DISK", ""], "argument target: '' is empty"),
+        (["info", ""], "'': cannot be opened: No such file"),
+        (["convert", "--parent", "", "LAYER", "new.raw"], "'': cannot be opened: No such file"),
+    ],
+)
+def test_an_empty_name_is_told(tmp_path: Path, arguments: list[str], said: str, capsys: Capture) -> None:
+    """A variable of a shell that is not set."""
+    disk, layer = make_disk(tmp_path / "disk.raw", MIB), tmp_path / "layer.qcow2"
+    base = make_disk(tmp_path / "base.raw", MIB)
+    vmconv.create(layer, backing_file=base.name)
+    base.unlink()
+    names = {"DISK": str(disk), "LAYER": str(layer), "new.raw": str(tmp_path / "new.raw")}
+    assert main([names.get(each, each) for each in arguments]) in (1, 2)
+    assert said in capsys.readouterr().err

@@ -127,5 +127,5 @@ def os_errors(doing: str, error: type[VmconvError] = BackendError, *, where: str
         yield
     except OSError as exc:
         name = exc.filename2 or exc.filename
-        path = name if isinstance(name, str) else where
+        path = (name or "''") if isinstance(name, str) else where
         raise error(f"{path}: {doing}: {exc.strerror or exc}" if path else f"{doing}: {exc.strerror or exc}") from exc

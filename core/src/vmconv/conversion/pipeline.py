@@ -481,6 +481,8 @@ def places(*requests: Request) -> Iterator[list[_Place]]:
     with ExitStack() as stack:
         places = []
         for request in requests:
+            if not request.target:
+                raise UsageError("argument target: '' is empty")
             if os.path.isdir(request.target):
                 raise PlanError(f"{request.target}: is a directory", hint="name the file to make in it")
             try:
