@@ -389,6 +389,24 @@ def test_a_proxy_of_the_environment_is_used(web: Server, qemu_img: QemuImg, monk
     assert set(seen) == {("http://nowhere.invalid/disk.qcow2", "nowhere.invalid")}
 
 
+def test_a_proxy_that_drips_is_too_slow(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SILENCE", 0.2)
+    monkeypatch.setattr(http, "TRIES", 2)
+
+    class Proxy(Handler):
+        def do_CONNECT(self) -> None:  # noqa: N802
+            self.close_connection = True
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+            for number in range(30):
+                self.wfile.write(b"X: %d\r\n" % number)
+                time.sleep(0.05)
+
+    web.RequestHandlerClass = Proxy
+    monkeypatch.setenv("https_proxy", web.url(""))
+    with pytest.raises(ReadError, match="silent, or too slow"):
+        vmconv.info("https://nowhere.invalid/disk.qcow2")
+
+
 # -- what images name, and what is not read from a URL
 
 

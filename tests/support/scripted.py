@@ -23,7 +23,7 @@ class Asked(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         type(self).answer(self)
 
-    do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
     def say(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
         """Answers; `length` is what Content-Length states, by default the truth."""

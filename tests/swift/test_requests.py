@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import md5
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -24,12 +28,17 @@ WHERE = ObjectName("c", "o")
 @contextmanager
 def store(answer: Callable[[Asked], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """Yields a client of a store that answers so."""
-    with scripted_server(answer) as port:
-        monkeypatch.setenv("OS_STORAGE_URL", f"http://127.0.0.1:{port}/v1/AUTH_x")
-        monkeypatch.setenv("OS_AUTH_TOKEN", "token")
-        cloud = Cloud("-")
-        yield Client(cloud)
-        cloud.close()
+    with scripted_server(answer) as port, client_at(f"http://127.0.0.1:{port}/v1/AUTH_x", monkeypatch) as client:
+        yield client
+
+
+@contextmanager
+def client_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    monkeypatch.setenv("OS_STORAGE_URL", endpoint)
+    monkeypatch.setenv("OS_AUTH_TOKEN", "token")
+    cloud = Cloud("-")
+    yield Client(cloud)
+    cloud.close()
 
 
 def test_a_slow_line_is_no_silent_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,3 +125,130 @@ def test_a_page_instead_of_an_answer_is_an_error(
         pytest.raises(VmconvError, match="the store answers 200"),
     ):
         request_(client, WHERE)
+
+
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"Content-Length: 3\r\nContent-Length: 7\r\n\r\ncontent",
+        b"Content-Length: 0_3\r\n\r\ncontent",
+        b"Transfer-Encoding: gzip, chunked\r\n\r\n7\r\ncontent\r\n0\r\n\r\n",
+        CHUNKED + b"\r\n-1\r\ncontent",
+        CHUNKED + b"\r\n-5\r\ncontent",
+    ],
+    ids=["two lengths", "no number", "coding", "chunk of -1", "chunk of -5"],
+)
+def test_an_answer_without_a_clear_end_is_none(rest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unclear(asked: Asked) -> None:
+        asked.wfile.write(b"HTTP/1.1 200 OK\r\n" + rest)
+
+    monkeypatch.setattr(clouds, "SILENCE", 1)
+    with store(unclear, monkeypatch) as client:
+        # It is not waited for, either.
+        with pytest.raises(ReadError, match=r"o: cannot be read: (IncompleteRead|the length|the server sends)"):
+            client.read(WHERE, MIB)
+        assert client.requests == requests.TRIES
+
+
+def test_a_connection_whose_answer_had_two_lengths_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = []
+
+    def both(asked: Asked) -> None:
+        clients.append(asked.client_address)
+        asked.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n" + CHUNKED + b"\r\n7\r\ncontent\r\n0\r\n\r\n")
+
+    with store(both, monkeypatch) as client:
+        assert [client.read(WHERE, MIB) for _ in range(2)] == [b"content"] * 2
+        assert len(set(clients)) == 2
+
+
+def test_answers_before_the_answer_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from what is between here and the store; the next request would get the answer to this one."""
+
+    def early(asked: Asked) -> None:
+        asked.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n")
+        time.sleep(0.1)
+        asked.say(200, asked.path.encode())
+
+    with store(early, monkeypatch) as client:
+        for name in ("a", "b"):
+            assert client.read(ObjectName("c", name), MIB) == f"/v1/AUTH_x/c/{name}".encode()
+        assert client.requests == 2
+
+
+def test_no_content_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(asked: Asked) -> None:
+        asked.wfile.write(b"HTTP/1.1 204 No\r\n" + CHUNKED + b"\r\n")
+
+    monkeypatch.setattr(clouds, "SILENCE", 0.5)
+    with store(nothing, monkeypatch) as client:
+        assert client.delete(WHERE)
+        assert client.requests == 1
+
+
+def test_a_proxy_does_not_answer_for_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers, and resets the connection, before it is asked for a tunnel."""
+    body = b"content"
+    forged = b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\nETag: %s\r\n\r\n" % md5(body).hexdigest().encode()
+    connect = socket.create_connection
+
+    def late(*given: Any, **named: Any) -> socket.socket:
+        made = connect(*given, **named)
+        time.sleep(0.2)
+        return made
+
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def answer() -> None:
+            for _ in range(requests.TRIES):
+                accepted = proxy.accept()[0]
+                accepted.sendall(forged)
+                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                accepted.close()
+
+        Thread(target=answer, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.setattr(socket, "create_connection", late)
+        with client_at("https://store.invalid/v1/AUTH_x", monkeypatch) as client, pytest.raises(VmconvError):
+            client.put(WHERE, body)
+
+
+@pytest.mark.parametrize("bypass", ["127.0.0.1:{port}", "10.0.0.0/8, 127.0.0.0/8", "127.0.0.1"])
+def test_no_proxy_gets_the_token(bypass: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store(lambda asked: asked.say(200, b"content"), monkeypatch) as client:
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        monkeypatch.setenv("no_proxy", bypass.format(port=client.cloud.place.port))
+        assert client.read(WHERE, MIB) == b"content"
+
+
+def test_names_are_sent_as_they_were_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for = []
+
+    def note(asked: Asked) -> None:
+        asked_for.append(asked.path)
+        asked.say(200, b"content")
+
+    with (
+        scripted_server(note) as port,
+        client_at(f"http://127.0.0.1:{port}/v1/AUTH_%C3%A4%2Fb//", monkeypatch) as client,
+    ):
+        for name in ("a%2Fb", "a b+~", "\u00e4?#", "a//b"):
+            client.read(ObjectName("c d", name), MIB)
+    begin = "/v1/AUTH_%C3%A4%2Fb/c%20d/"
+    assert asked_for == [begin + name for name in ("a%252Fb", "a%20b%2B~", "%C3%A4%3F%23", "a//b")]
+
+
+def test_a_client_that_was_closed_keeps_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = []
+
+    def note(asked: Asked) -> None:
+        clients.append(asked.client_address)
+        asked.say(200, b"content")
+
+    with store(note, monkeypatch) as client:
+        client.cloud.close()
+        assert [client.read(WHERE, MIB) for _ in range(2)] == [b"content"] * 2
+        assert len(set(clients)) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
+from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,10 +12,14 @@ import pytest
 
 import vmconv
 from support.containers import Container, publish
+from support.scripted import Asked, scripted_server
 from support.swift import KEY, USER, Swift
 from support.tls import certified, in_front_of
 from vmconv.errors import VmconvError
 from vmconv_swift import client, cloud
+from vmconv_swift.client import Client
+from vmconv_swift.cloud import Cloud
+from vmconv_swift.names import ObjectName
 
 
 @pytest.fixture
@@ -89,3 +94,26 @@ def test_a_store_may_ask_for_a_certificate(
         assert vmconv.compare(str(disk), f"swift://mine/{container.name}/disk.qcow2")
         with pytest.raises(VmconvError, match="swift://none/"):
             vmconv.info(f"swift://none/{container.name}/disk.qcow2")
+
+
+def test_bytes_that_tls_has_decrypted_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body where none belongs, after HEAD: the next request would begin with the rest of it."""
+
+    def answer(asked: Asked) -> None:
+        if asked.command == "HEAD":
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: 12000\r\nETag: {'0' * 32}\r\nDate: {formatdate()}\r\n\r\n"
+            asked.wfile.write(head.encode() + bytes(12000))
+        else:
+            asked.say(201, ETag=asked.take())
+
+    authority = tmp_path / "mine.pem"
+    context = certified(authority)
+    with scripted_server(answer) as behind, in_front_of(behind, context) as port:
+        monkeypatch.setenv("OS_STORAGE_URL", f"https://127.0.0.1:{port}/v1/AUTH_x")
+        monkeypatch.setenv("OS_AUTH_TOKEN", "token")
+        monkeypatch.setenv("OS_CACERT", str(authority))
+        made = Client(Cloud("-"))
+        assert made.head(ObjectName("c", "o"))
+        made.put(ObjectName("c", "o"), b"content")
+        assert made.requests == 2
+        made.cloud.close()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 import select
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +32,7 @@ SLOWEST = 16 << 10
 PORTS = {"http": 80, "https": 443}
 _STEP = 1 << 20
 """Bytes of a body that are given to the system at once: a time-out is for each."""
+_NO_BODY = (204, 304)
 _SAFE_METHODS = frozenset({"GET", "HEAD"})
 # What a path and a query may hold besides unreserved characters; "%" because they are encoded already.
 _SAFE = "/%:@!$&'()*+,;=~?"
@@ -93,8 +97,11 @@ class Connections:
         """Returns the proxy that the environment names for a place."""
         from urllib.request import getproxies, proxy_bypass
 
-        named = getproxies().get(place.scheme)
-        if not named or proxy_bypass(place.host):
+        proxies = getproxies()
+        named = proxies.get(place.scheme)
+        if not named or proxy_bypass(place.host) or proxy_bypass(f"{place.host}:{place.port}"):
+            return None
+        if _is_in_network(place.host, proxies.get("no", "")):
             return None
         proxy = parse_url(named if "://" in named else f"http://{named}")
         if proxy.scheme != "http":
@@ -164,23 +171,32 @@ class Connection:
             return self._asked(method, target, sent, length, body)
 
     def _asked(self, method: str, target: str, headers: Mapping[str, str], length: int, body: bytes) -> HTTPResponse:
-        if self._http.sock:
-            # Reading an answer has changed it.
-            self._http.sock.settimeout(self._silence)
+        if self._http.sock is None:
+            # The answer of a proxy that makes a tunnel has an end, too.
+            self._http.response_class = self._until(0)
+            self._http.connect()
+        # Reading an answer has changed it.
+        self._http.sock.settimeout(self._silence)
         try:
             self._http.request(method, target, body=_pieces(body) if body else None, headers=dict(headers))
         except (BrokenPipeError, ConnectionResetError):
             # A server may answer, and close, before it has all of a body.
             if not body:
                 raise
-        deadline = time.monotonic() + 2 * self._silence + length / SLOWEST
-        self._http.response_class = partial(_Answer, self._silence, deadline)  # type: ignore[assignment]
+        self._http.response_class = self._until(length)
         return self._http.getresponse()
+
+    def _until(self, length: int) -> Any:
+        """Returns how to make an answer of `length` bytes, which is read from now on."""
+        return partial(_Answer, self._silence, time.monotonic() + 2 * self._silence + length / SLOWEST)
 
     def is_dropped(self) -> bool:
         """Whether an idle connection is of no use: its end, or bytes that nobody asked for, have arrived."""
         if self._http.sock is None:
             return False
+        # TLS may have decrypted more than has been read.
+        if getattr(self._http.sock, "pending", int)():
+            return True
         poll = select.poll()
         poll.register(self._http.sock, select.POLLIN)
         return bool(poll.poll(0))
@@ -220,12 +236,51 @@ class _Timed(io.RawIOBase):
 
 
 class _Answer(HTTPResponse):
-    """An answer that is read until a deadline."""
+    """An answer that is read until a deadline, and whose end is clear (RFC 9112, section 6.3)."""
 
     def __init__(self, silence: float, deadline: float, connection: socket.socket, *args: Any, **named: Any) -> None:
         super().__init__(connection, *args, **named)
         self.fp.close()
         self.fp = io.BufferedReader(_Timed(connection, silence, deadline))
+
+    def begin(self) -> None:
+        super().begin()
+        while 100 < self.status < 200 and self.status != HTTPStatus.SWITCHING_PROTOCOLS:
+            # The answer itself is still to come.
+            self.headers = None  # type: ignore[assignment]
+            super().begin()
+        if self.status < 200:
+            raise HTTPException(f"the server answers {self.status}")
+        lengths = {text.strip() for text in self.headers.get_all("Content-Length", [])}
+        if len(lengths) > 1 or any(not re.fullmatch("[0-9]{1,19}", text) for text in lengths):
+            raise HTTPException("the length of the answer is not clear")
+        encoded = self.headers.get_all("Transfer-Encoding")
+        if encoded and not self.chunked:
+            raise HTTPException(f"the server sends Transfer-Encoding {', '.join(encoded)[:40]!r}")
+        if encoded and (lengths or self.status in _NO_BODY):
+            # Where the next answer begins may be seen in two ways.
+            self.will_close = True
+        if self.status in _NO_BODY:
+            self.chunked, self.length = False, 0
+
+    def _read_next_chunk_size(self) -> int:
+        # Python reads to the end of the connection for a size of -1.
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+        if size < 0:
+            raise ValueError
+        return size
+
+
+def _is_in_network(host: str, networks: str) -> bool:
+    """Returns whether a host is an address in one of the networks, such as 10.0.0.0/8, of `no_proxy`."""
+    from ipaddress import ip_address, ip_network
+
+    for network in networks.split(","):
+        # Other parts are names.
+        with suppress(ValueError):
+            if ip_address(host) in ip_network(network.strip(), strict=False):
+                return True
+    return False
 
 
 def basic(url: Url) -> str:
