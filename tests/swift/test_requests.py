@@ -6,12 +6,14 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import md5
-from threading import Thread
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
+from keystoneauth1.exceptions import ServiceUnavailable
 
 from support.scripted import Asked, scripted_server
 from vmconv.plugin import AccessError, ReadError, VmconvError
@@ -187,6 +189,76 @@ def test_no_content_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with store(nothing, monkeypatch) as client:
         assert client.delete(WHERE)
         assert client.requests == 1
+
+
+@pytest.mark.parametrize("token", ["secret\r\nX-Other: 1", "secret\n", "secr\u0119t"])
+def test_a_token_that_is_no_header_is_an_error(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store(lambda asked: asked.say(200), monkeypatch) as client:
+        monkeypatch.setenv("OS_AUTH_TOKEN", token)
+        with pytest.raises(AccessError, match="token") as caught:
+            Client(Cloud("-")).read(WHERE, MIB)
+        assert "secr" not in str(caught.value)
+        assert client.requests == 0
+
+
+class Session:
+    """A session as keystoneauth has it: nothing is left to forget once a token has been forgotten."""
+
+    def __init__(self) -> None:
+        self.token: str | None = "old"
+        self.failures: list[Exception] = []
+
+    def get_token(self) -> str:
+        if self.token is None and self.failures:
+            raise self.failures.pop()
+        self.token = self.token or "new"
+        return self.token
+
+    def invalidate(self) -> bool:
+        had, self.token = self.token, None
+        return had is not None
+
+
+def signed_in(client: Client, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    access: Any = client.cloud._access
+    monkeypatch.setattr(client.cloud, "_access", access._replace(session=session))
+
+
+def of_the_new_token(asked: Asked) -> None:
+    if asked.headers["X-Auth-Token"] == "new":
+        asked.say(200, b"content")
+    else:
+        asked.say(401)
+
+
+def test_keystone_may_fail_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session()
+    session.failures = [ServiceUnavailable()]
+    with store(of_the_new_token, monkeypatch) as client:
+        signed_in(client, session, monkeypatch)
+        assert client.read(WHERE, MIB) == b"content"
+
+
+def test_a_token_expires_for_all_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = 16
+    all_asked, all_refused = Barrier(threads), Barrier(threads)
+
+    def together(asked: Asked) -> None:
+        if asked.headers["X-Auth-Token"] == "old":
+            all_asked.wait(10)
+        of_the_new_token(asked)
+
+    class Forgetting(Session):
+        def invalidate(self) -> bool:
+            had = super().invalidate()
+            # Nobody has a new token yet.
+            all_refused.wait(10)
+            return had
+
+    with store(together, monkeypatch) as client:
+        signed_in(client, Forgetting(), monkeypatch)
+        with ThreadPoolExecutor(threads) as pool:
+            assert list(pool.map(lambda _: client.read(WHERE, MIB), range(threads))) == [b"content"] * threads
 
 
 def test_a_proxy_does_not_answer_for_the_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
 from collections.abc import Mapping
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 import vmconv
 from support.containers import Container, publish
+from support.requirements import oracle_program
 from support.scripted import Asked, scripted_server
 from support.swift import KEY, USER, Swift
 from support.tls import certified, in_front_of
-from vmconv.errors import VmconvError
+from vmconv.errors import UsageError, VmconvError
 from vmconv_swift import client, cloud
 from vmconv_swift.client import Client
 from vmconv_swift.cloud import Cloud
@@ -94,6 +97,29 @@ def test_a_store_may_ask_for_a_certificate(
         assert vmconv.compare(str(disk), f"swift://mine/{container.name}/disk.qcow2")
         with pytest.raises(VmconvError, match="swift://none/"):
             vmconv.info(f"swift://none/{container.name}/disk.qcow2")
+
+
+def test_the_passphrase_of_a_key_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL would wait at the terminal."""
+    certificate, locked = tmp_path / "mine.pem", tmp_path / "locked.key"
+    certified(certificate)
+    lock = [oracle_program("openssl"), "rsa", "-aes256", "-passout", "pass:secret"]
+    subprocess.run([*lock, "-in", certificate.with_suffix(".key"), "-out", locked], check=True, capture_output=True)
+    asked_for = []
+    monkeypatch.setenv("OS_STORAGE_URL", "https://127.0.0.1/v1/AUTH_x")
+    monkeypatch.setenv("OS_AUTH_TOKEN", "token")
+    made = Cloud("-")
+    monkeypatch.setattr(made, "_access", made._access._replace(own=(str(certificate), str(locked))))
+    load = ssl.SSLContext.load_cert_chain
+
+    def loaded(self: ssl.SSLContext, certificate: str, key: str, password: Any = None) -> None:
+        asked_for.append(password is None)
+        load(self, certificate, key, password=password or (lambda: ""))
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", loaded)
+    with pytest.raises(UsageError, match=r"mine\.pem: cannot be read as a certificate with its key"):
+        made.context()
+    assert asked_for == [False]
 
 
 def test_bytes_that_tls_has_decrypted_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ there already needs none of that: OS_STORAGE_URL and OS_AUTH_TOKEN are what `swi
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,20 +63,30 @@ class Cloud:
 
     def token(self) -> str:
         """Returns a token, a new one if the last has expired. Raises `ConnectionError` if another try may help."""
-        if self._access.session is None:
-            return self._access.token
-        from keystoneauth1.exceptions import ClientException, RetriableConnectionFailure
+        found = self._access.token if self._access.session is None else self._new_token()
+        if not re.fullmatch("[!-~]*", found):
+            raise AccessError(f"swift://{self.name}: the token has other characters than a header may have")
+        return found
+
+    def _new_token(self) -> str:
+        from keystoneauth1 import exceptions
 
         try:
             return str(self._access.session.get_token() or "")
-        except RetriableConnectionFailure as exc:
+        except exceptions.SSLError as exc:
+            raise AccessError(f"swift://{self.name}: {_short(exc)}") from exc
+        except (exceptions.ConnectionError, exceptions.HttpServerError) as exc:
             raise ConnectionError(_short(exc)) from exc
-        except ClientException as exc:
+        except exceptions.ClientException as exc:
             raise AccessError(f"swift://{self.name}: {_short(exc)}") from exc
 
     def renew(self) -> bool:
         """Forgets the token, so that the next is a new one; False if there can be no other."""
-        return self._access.session is not None and bool(self._access.session.invalidate())
+        if self._access.session is None:
+            return False
+        # That there is no token to forget means that another thread was first.
+        self._access.session.invalidate()
+        return True
 
     def context(self) -> ssl.SSLContext | None:
         """Returns how to verify the store's certificate; None for the default."""
@@ -90,7 +101,8 @@ class Cloud:
             raise UsageError(f"{authority}: cannot be read as certificates: {exc}") from exc
         if own:
             try:
-                made.load_cert_chain(*own)
+                # OpenSSL would ask the terminal for the passphrase of a key.
+                made.load_cert_chain(*own, password=lambda: "")
             except OSError as exc:
                 raise UsageError(f"{own[0]}: cannot be read as a certificate with its key: {exc}") from exc
         return made
