@@ -12,6 +12,7 @@ import pytest
 
 import vmconv
 from support.buckets import MIB, Bucket, upload
+from support.killing import killed_at
 from vmconv_s3 import backend
 from vmconv_s3.parts import Part
 from vmconv_s3.store import Store, StoreError
@@ -112,36 +113,14 @@ def test_a_failure_that_stays_leaves_no_object(
         step += 1
 
 
-def killed_at(step: int, run: Callable[[], int]) -> bool:
-    """Runs in a child process that is killed at a step: before the requests 0, 1, ... and after each.
-
-    Returns False if it ended before that.
-    """
-    child = os.fork()
-    if child == 0:
-        steps = iter(range(1 << 30))
-
-        def hook(_: str, __: bool) -> None:
-            if next(steps) == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Store.ask = hooked(hook)  # type: ignore[method-assign]
-        status = 99
-        try:
-            status = run()
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
+def count(reached: Callable[[], None]) -> None:
+    """Calls a function before each request, and after it."""
+    Store.ask = hooked(lambda *_: reached())  # type: ignore[method-assign]
 
 
 def test_a_client_that_is_killed_leaves_nothing_half_made(shared: Bucket, disk: Path) -> None:
     before, step, seen = shared.keys(), 0, 0
-    while killed_at(step, lambda: upload("-q", shared.url("disk.raw"), shared.url("killed.qcow2"))):
+    while killed_at(step, lambda: upload("-q", shared.url("disk.raw"), shared.url("killed.qcow2")), count):
         if shared.keys() != before:
             seen += 1
             assert vmconv.compare(str(disk), shared.url("killed.qcow2"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 
 import vmconv
 from support.containers import Container, collected, let_time_pass, publish
+from support.killing import killed_at
 from support.swift import Swift
 from vmconv.errors import BackendError
 from vmconv_swift.client import Client
@@ -38,39 +37,17 @@ def hooked(hook: Hook) -> Callable[..., Any]:
     return replaced
 
 
-def killed_at(step: int, run: Callable[[], int]) -> bool:
-    """Runs in a child process that is killed at a step: before the requests 0, 1, ... and after each.
-
-    Returns False if it ended before that.
-    """
-    child = os.fork()
-    if child == 0:
-        # Connections of the parent are not for the child.
-        cloud_of.cache_clear()
-        steps = iter(range(1 << 30))
-
-        def hook(_: str, __: bool) -> None:
-            if next(steps) == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Client._request = hooked(hook)  # type: ignore[method-assign]
-        status = 99
-        try:
-            status = run()
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
+def count(reached: Callable[[], None]) -> None:
+    """Calls a function before each request that changes something, and after it."""
+    # Connections of the parent are not for the child.
+    cloud_of.cache_clear()
+    Client._request = hooked(lambda *_: reached())  # type: ignore[method-assign]
 
 
 def test_a_client_that_is_killed_leaves_nothing_half_made(container: Container, disk: Path) -> None:
     step, seen = 0, 0
     # Each run finds what those before have left; the first sends the payload.
-    while killed_at(step, lambda: publish("-q", disk, container.url("disk.vmdk"))):
+    while killed_at(step, lambda: publish("-q", disk, container.url("disk.vmdk")), count):
         names = container.names()
         assert names in ([], ["disk.vmdk"])
         if names:
